@@ -1,0 +1,3 @@
+module cnbd
+
+go 1.26
