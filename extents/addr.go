@@ -71,3 +71,15 @@ func (e Extent) LiveBytes() uint32 {
 	n, l := uint64(e.Addr.Blocks), uint64(e.Addr.Length)
 	return uint32((uint64(e.Skip)+uint64(e.Count))*l/n - uint64(e.Skip)*l/n)
 }
+
+// A Blob is what is to be stored as one unit: blocks [Start, Start+Count), of
+// which those in Present are in the stored bytes, in order, and the others are
+// zeros.
+type Blob struct {
+	Start   block.Index
+	Count   uint8    // 1 to 32
+	Present uint32   // bit i: block Start+i; not 0, and no bit from Count on
+	Codec   uint8    // id of package compression
+	Level   uint8    // of the codec
+	Parts   [][]byte // the stored bytes are their concatenation
+}

@@ -1,0 +1,48 @@
+# `make help` lists the targets.
+
+GO      ?= go
+PREFIX  ?= /usr/local
+LDFLAGS ?= -s -w
+# How often the counts of `make test` are done by `make test-long`.
+SCALE   ?= 20
+
+.PHONY: help build install setup test test-long lint fuzz bench cover clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+build: ## build the static program bin/cnbd
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/cnbd ./cmd/cnbd
+
+install: build ## install it to PREFIX/bin (default /usr/local), below DESTDIR
+	install -D -m 0755 bin/cnbd $(DESTDIR)$(PREFIX)/bin/cnbd
+
+setup: ## install the tools that tests use, where missing
+	@scripts/setup.sh
+
+test: setup build ## all checks and tests (PACKAGES=./store/... STAGES="plain race fuzz" to choose)
+	@scripts/test.sh
+
+test-long: setup build ## the same with full counts: crash, stress and fuzz (SCALE=20 FUZZTIME=2m)
+	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-3h} scripts/test.sh
+
+lint: ## gofmt, vet, staticcheck and the rules of internal/lint
+	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
+	$(GO) vet ./...
+	$(GO) tool staticcheck ./...
+	$(GO) test ./internal/lint
+
+fuzz: ## every fuzz target for FUZZTIME each (default 1m)
+	@FUZZTIME=$${FUZZTIME:-1m} scripts/fuzz.sh $(PACKAGES)
+
+bench: ## the benchmarks beside the code (BENCH=regexp to choose)
+	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem ./...
+
+cover: ## test coverage of each function, all packages together
+	@mkdir -p build
+	$(GO) test -coverpkg=./... -coverprofile=build/cover.out ./...
+	$(GO) tool cover -func build/cover.out
+	$(GO) tool cover -html build/cover.out -o build/cover.html
+
+clean: ## remove what was built
+	rm -rf bin build

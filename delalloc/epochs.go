@@ -1,0 +1,82 @@
+package delalloc
+
+import (
+	"sync"
+	"time"
+
+	"cnbd/extents"
+)
+
+// An Epoch is one generation of dirty state: what was changed between two
+// freezes. Its state tree says which blocks are dirty data (Delalloc), dirty
+// holes (Hole), or locked.
+type Epoch struct {
+	Number uint64
+	State  *extents.StateTree
+
+	holeSeq uint64 // when frozen: the newest hole that belongs to it
+
+	mu    sync.Mutex
+	since time.Time // guarded by mu; when it became dirty, zero if it is not
+}
+
+// Touch notes that e is dirty from now on.
+func (e *Epoch) Touch(now time.Time) {
+	e.mu.Lock()
+	if e.since.IsZero() {
+		e.since = now
+	}
+	e.mu.Unlock()
+}
+
+// dirtySince is when e became dirty, zero if it is clean.
+func (e *Epoch) dirtySince() time.Time {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.since
+}
+
+// Epochs are the open epoch, which requests change, and at most one frozen one,
+// which is being written out for a commit (rule R6).
+type Epochs struct {
+	// gate is held for reading while a request installs what it changes, so a
+	// freeze is an instant between whole requests. Nobody waits for I/O under it.
+	gate sync.RWMutex
+
+	open   *Epoch // guarded by gate
+	frozen *Epoch // owned by the committer
+}
+
+// NewEpochs begins with an empty open epoch.
+func NewEpochs() *Epochs {
+	return &Epochs{open: &Epoch{Number: 1, State: extents.NewStateTree()}}
+}
+
+// Enter joins the open epoch: until Leave it is not frozen. What the request
+// needs has been received, read and reserved before.
+func (e *Epochs) Enter() *Epoch {
+	e.gate.RLock()
+	return e.open
+}
+
+// Leave ends what Enter began.
+func (e *Epochs) Leave() { e.gate.RUnlock() }
+
+// Open is the open epoch, which may be frozen at any moment.
+func (e *Epochs) Open() *Epoch {
+	e.gate.RLock()
+	defer e.gate.RUnlock()
+	return e.open
+}
+
+// freeze swaps in a new open epoch and returns the one before. holeSeq reads the
+// sequence number of the newest hole.
+func (e *Epochs) freeze(holeSeq func() uint64) *Epoch {
+	e.gate.Lock()
+	defer e.gate.Unlock()
+	f := e.open
+	f.holeSeq = holeSeq()
+	e.frozen = f
+	e.open = &Epoch{Number: f.Number + 1, State: extents.NewStateTree()}
+	return f
+}

@@ -1,0 +1,422 @@
+// Package device is the disk: the page cache, the writeback, the store and the
+// codecs joined to one block device of byte ranges. What nbd.Backend asks for is
+// here by shape, and so is go-nbd's backend.Backend (ReadAt, WriteAt, Size, Sync).
+//
+// # The way of a write
+//
+// [Device.PrepareWrite] waits for the dirty limit, reserves space, and hands out
+// cache memory; the payload is received into it; [Write.Commit] enters the open
+// epoch, locks the range of blocks, publishes the pages, marks the range
+// delalloc, and leaves. From there writeback takes it (package delalloc).
+//
+// # The way of a read
+//
+// Pages that are present are shared with the caller. Absent ones are claimed, then
+// looked up in the map, and each stored blob is read, verified and decoded once;
+// it fills every absent page that the mapping covers, before and behind the
+// request.
+//
+// # Lock order
+//
+// Epochs.gate, then range locks, then the mutexes of the cache. A request waits
+// for nothing but range locks between Enter and Leave; whoever holds a range lock
+// waits for nothing at all. Claims are never held while waiting for a claim of
+// somebody else, but by read-modify-write for a higher block than its own.
+package device
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"runtime"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"cnbd/asyncq"
+	"cnbd/delalloc"
+	"cnbd/internal/block"
+	"cnbd/internal/buffer"
+	"cnbd/internal/compression"
+	"cnbd/internal/disk"
+	"cnbd/pagecache"
+	"cnbd/store"
+)
+
+// Options are the settings of a Device. Zero means the default.
+type Options struct {
+	// ReadOnly refuses every change; the store is replayed in memory.
+	ReadOnly bool
+
+	// CacheBytes is the size of the page cache, clean and dirty. Default 256 MiB.
+	CacheBytes int64
+	// PayloadBytes bounds the memory of writes being received. Default 64 MiB.
+	PayloadBytes int64
+	// DirtyBytesMax bounds dirty data; writers wait beyond it. Default half of
+	// the cache.
+	DirtyBytesMax int64
+	// BackgroundBytes is the amount of dirty data from which on it is written
+	// out. Default an eighth of the cache.
+	BackgroundBytes int64
+	// MapCacheBytes bounds the cache of map nodes. Default 32 MiB.
+	MapCacheBytes int64
+
+	// Codec is the codec for new data. Default: the store's.
+	Codec *compression.Setting
+	// Workers is the number of compression workers. Default: the number of CPUs
+	// plus 2, at most 8.
+	Workers int
+
+	// CommitInterval is the longest time that a write waits for a commit. Default 5 s.
+	CommitInterval time.Duration
+	// WritebackPeriod is how often the age of dirty data is looked at. Default 5 s.
+	WritebackPeriod time.Duration
+	// DirtyExpire is the age at which dirty data is written out. Default 30 s.
+	DirtyExpire time.Duration
+	// CheckpointBytes is the length of log after which a checkpoint is taken.
+	// Default 256 MiB.
+	CheckpointBytes uint64
+	// CheckpointRecords is the number of records after which one is taken.
+	// Default 128 Ki.
+	CheckpointRecords uint64
+
+	// Warn is told of damage, failures, and what else an administrator should
+	// know. It may be nil.
+	Warn func(msg string, err error)
+}
+
+func (o *Options) setDefaults() {
+	if o.CacheBytes == 0 {
+		o.CacheBytes = 256 << 20
+	}
+	if o.PayloadBytes == 0 {
+		o.PayloadBytes = 64 << 20
+	}
+	if o.Workers == 0 {
+		o.Workers = min(runtime.NumCPU()+2, 8)
+	}
+	if o.CommitInterval == 0 {
+		o.CommitInterval = 5 * time.Second
+	}
+	if o.WritebackPeriod == 0 {
+		o.WritebackPeriod = 5 * time.Second
+	}
+	if o.DirtyExpire == 0 {
+		o.DirtyExpire = 30 * time.Second
+	}
+	if o.Warn == nil {
+		o.Warn = func(string, error) {}
+	}
+}
+
+var (
+	// ErrReadOnly is the answer to a change of a read-only device.
+	ErrReadOnly = fmt.Errorf("device: read-only: %w", syscall.EPERM)
+	// ErrRange is the answer to a request beyond the end of the device.
+	ErrRange = fmt.Errorf("device: range beyond the end: %w", syscall.EINVAL)
+	// ErrClosed is the answer after Close.
+	ErrClosed = fmt.Errorf("device: closed: %w", syscall.ESHUTDOWN)
+)
+
+// A Device is an open device. All methods but Close and Abort may be called
+// concurrently.
+type Device struct {
+	opts     Options
+	geometry store.Geometry
+	blocks   block.Range // all of the device
+	store    *store.Store
+	cache    *pagecache.Cache
+	epochs   *delalloc.Epochs
+	queue    *asyncq.Queue       // nil if read-only
+	back     *delalloc.Writeback // nil if read-only
+	flusher  *delalloc.Flusher   // nil if read-only
+	decoder  *compression.Decoder
+	scratch  *buffer.Pool // stored and decoded bytes of extents being read
+
+	owners atomic.Uint64 // of range locks; delalloc has number 1
+	room   sync.Mutex    // one at a time forces checkpoints for want of space
+
+	mu     sync.RWMutex
+	closed bool // guarded by mu
+
+	payloads sync.Pool
+	writes   sync.Pool
+
+	metrics struct {
+		misses, decodes, neighbours, holesRead, bookends, lookups, stale, readErrors atomic.Uint64
+		rmws, rmwRetries                                                             atomic.Uint64
+	}
+}
+
+// readScratch is the number of buffers for extents being read, one for each read
+// in progress, 8 MiB in all. Reads beyond that wait.
+const readScratch = 32
+
+// Open opens the device whose store is in f, which must be locked against other
+// openers, and recovers it. It owns f from now on, also on an error.
+func Open(f disk.File, o Options) (_ *Device, err error) {
+	o.setDefaults()
+	d := &Device{opts: o, epochs: delalloc.NewEpochs()}
+	d.owners.Store(delalloc.Owner)
+	d.payloads.New = func() any { return &Payload{d: d} }
+	d.writes.New = func() any { return &Write{d: d} }
+	d.store, err = store.Open(f, store.Options{
+		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
+		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
+		NeedCommit: d.needCommit, Warn: o.Warn,
+	})
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			d.store.Close()
+		}
+	}()
+	d.geometry = d.store.Geometry()
+	d.blocks = block.Range{End: block.Index(d.geometry.Blocks())}
+	if d.cache, err = pagecache.New(pagecache.Options{
+		CacheBytes: o.CacheBytes, PayloadBytes: o.PayloadBytes,
+		DirtyBytesMax: o.DirtyBytesMax, BackgroundBytes: o.BackgroundBytes,
+		NeedWriteback: d.needWriteback,
+	}); err != nil {
+		return nil, fmt.Errorf("device: %w", err)
+	}
+	if d.scratch, err = buffer.NewPool(2*store.ExtentBlocksMax*block.Size, readScratch); err != nil {
+		return nil, fmt.Errorf("device: %w", err)
+	}
+	if d.decoder, err = compression.NewDecoder(runtime.GOMAXPROCS(0)); err != nil {
+		return nil, fmt.Errorf("device: %w", err)
+	}
+	if o.ReadOnly {
+		return d, nil
+	}
+	setting := compression.Setting{Codec: compression.Codec(d.geometry.Codec), Level: compression.Level(d.geometry.Level)}
+	if o.Codec != nil {
+		setting = *o.Codec
+	}
+	transform, err := newCompressor(setting, o.Workers)
+	if err != nil {
+		return nil, fmt.Errorf("device: %w", err)
+	}
+	// Tokens for half of what can be dirty, so that a hand-off never takes all
+	// that writers could use.
+	inFlight := min(64<<20, max(o.CacheBytes/4, 1<<20))
+	d.queue = asyncq.New(asyncq.Options{Workers: o.Workers, BytesMax: inFlight, BytesLow: inFlight / 2})
+	d.back = delalloc.New(delalloc.Options{
+		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: transform,
+		Workers: o.Workers, ExtentBlocks: int(d.geometry.ExtentBlocks),
+	})
+	d.flusher = delalloc.StartFlusher(delalloc.FlusherOptions{
+		Writeback: d.back, Epochs: d.epochs,
+		CommitInterval: o.CommitInterval, Period: o.WritebackPeriod, Expire: o.DirtyExpire,
+		Background: func() bool { return d.cache.OverBackground() || d.cache.WaitersForDirty() },
+		Pressure:   d.cache.WaitersForDirty,
+		Failed:     func(err error) { o.Warn("a commit has failed", err) },
+	})
+	return d, nil
+}
+
+func (d *Device) needCommit() {
+	// The store asks only once it is open, and the flusher is there before the
+	// first write.
+	if d.flusher != nil {
+		d.flusher.NeedCommit()
+	}
+}
+
+func (d *Device) needWriteback() {
+	if d.flusher != nil {
+		d.flusher.Kick()
+	}
+}
+
+// storeLog is the writeback's view of the store.
+type storeLog struct{ *store.Store }
+
+// AfterWrite implements delalloc.Log.
+func (l storeLog) AfterWrite(c delalloc.Completion, now bool) error {
+	return l.Store.AfterWrite(c, now)
+}
+
+// AppendCommit implements delalloc.Log.
+func (l storeLog) AppendCommit() (sync func() error, ok bool, err error) {
+	c, ok, err := l.Store.AppendCommit()
+	if err != nil || !ok {
+		return nil, ok, err
+	}
+	return func() error { return l.Store.Sync(c) }, true, nil
+}
+
+// compressor is the transform of the writeback.
+type compressor struct {
+	setting  compression.Setting
+	encoders []*compression.Encoder // by worker
+	memory   *compression.RegionMemory
+}
+
+// newCompressor makes one encoder for each worker.
+func newCompressor(s compression.Setting, workers int) (*compressor, error) {
+	c := &compressor{setting: s, memory: compression.NewRegionMemory()}
+	for range workers {
+		e, err := compression.NewEncoder()
+		if err != nil {
+			return nil, err
+		}
+		c.encoders = append(c.encoders, e)
+	}
+	return c, nil
+}
+
+// Close ends the device in the orderly way: everything is committed, a
+// checkpoint taken, and space that was allocated ahead given back. No request may
+// be in progress or come any more. An error says that this could not be done;
+// what was flushed before is durable nevertheless. The device is closed in any case.
+func (d *Device) Close() error {
+	if d.shut() {
+		return ErrClosed
+	}
+	if d.opts.ReadOnly {
+		return errors.Join(d.store.Close(), d.free())
+	}
+	err := d.flusher.Flush(context.Background())
+	if err == nil {
+		err = d.store.Checkpoint()
+	}
+	d.flusher.Stop()
+	d.queue.Close()
+	if err == nil {
+		err = d.store.TrimHost()
+	}
+	return errors.Join(err, d.store.Close(), d.free())
+}
+
+// Abort ends the device without a commit, as a crash would, but for memory and
+// goroutines. It is for tests and for a store that has failed.
+func (d *Device) Abort() error {
+	if d.shut() {
+		return ErrClosed
+	}
+	if d.queue != nil {
+		d.flusher.Stop()
+		d.queue.Close()
+	}
+	return errors.Join(d.store.Close(), d.free())
+}
+
+// shut marks the device closed and tells whether it was.
+func (d *Device) shut() bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	was := d.closed
+	d.closed = true
+	return was
+}
+
+func (d *Device) free() error { return errors.Join(d.cache.Close(), d.scratch.Close()) }
+
+// Bytes is the size of the device in bytes.
+func (d *Device) Bytes() uint64 { return d.geometry.DeviceSize }
+
+// ReadOnly tells whether changes are refused from the start.
+func (d *Device) ReadOnly() bool { return d.opts.ReadOnly }
+
+// Geometry is what the store was made with.
+func (d *Device) Geometry() store.Geometry { return d.geometry }
+
+// Err is the failure that has made the device read-only (promise P5), or nil.
+func (d *Device) Err() error { return d.store.Err() }
+
+// check refuses a range beyond the end.
+func (d *Device) check(off, n uint64) error {
+	if off > d.geometry.DeviceSize || n > d.geometry.DeviceSize-off {
+		return ErrRange
+	}
+	return nil
+}
+
+// checkWrite refuses what cannot be changed.
+func (d *Device) checkWrite(off, n uint64) error {
+	if d.opts.ReadOnly {
+		return ErrReadOnly
+	}
+	if err := d.check(off, n); err != nil {
+		return err
+	}
+	if err := d.store.Err(); err != nil {
+		return fmt.Errorf("device: the store has failed before: %w: %w", syscall.EIO, err)
+	}
+	return nil
+}
+
+// Flush makes durable everything that was answered before it was called, on any
+// connection. It blocks for a commit; concurrent calls share one.
+func (d *Device) Flush(ctx context.Context) error {
+	if d.opts.ReadOnly {
+		return nil
+	}
+	if err := d.flusher.Flush(ctx); err != nil {
+		return fmt.Errorf("device: flush: %w", err)
+	}
+	return nil
+}
+
+// Size is the size of the device in bytes, as go-nbd's backend.Backend has it.
+func (d *Device) Size() (int64, error) { return int64(d.geometry.DeviceSize), nil }
+
+// Sync is Flush, as go-nbd's backend.Backend has it.
+func (d *Device) Sync() error { return d.Flush(context.Background()) }
+
+// ReadAt is io.ReaderAt.
+func (d *Device) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, ErrRange
+	}
+	n := uint64(len(p))
+	size := d.geometry.DeviceSize
+	if uint64(off) >= size {
+		return 0, io.EOF
+	}
+	n = min(n, size-uint64(off))
+	for done := uint64(0); done < n; {
+		step := min(n-done, 1<<20)
+		pl, err := d.Read(context.Background(), uint64(off)+done, uint32(step))
+		if err != nil {
+			return int(done), err
+		}
+		for _, s := range pl.Segments() {
+			done += uint64(copy(p[done:], s))
+		}
+		pl.Release()
+	}
+	if n < uint64(len(p)) {
+		return int(n), io.EOF
+	}
+	return int(n), nil
+}
+
+// WriteAt is io.WriterAt; it does not extend the device. What was written is not
+// durable before Sync.
+func (d *Device) WriteAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, ErrRange
+	}
+	for done := 0; done < len(p); {
+		step := min(len(p)-done, 1<<20)
+		w, err := d.PrepareWrite(context.Background(), uint64(off)+uint64(done), uint32(step))
+		if err != nil {
+			return done, err
+		}
+		from := done
+		for _, s := range w.Segments() {
+			from += copy(s, p[from:])
+		}
+		if err := w.Commit(context.Background(), false); err != nil {
+			return done, err
+		}
+		done += step
+	}
+	return len(p), nil
+}

@@ -1,0 +1,293 @@
+package device
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/internal/compression"
+	"cnbd/pagecache"
+	"cnbd/store"
+)
+
+// A Payload is what was read: memory of the cache, shared until Release.
+type Payload struct {
+	d        *Device
+	segments [][]byte
+	refs     []pagecache.Ref
+}
+
+// Segments are the bytes in order. They do not change, and are valid until Release.
+func (p *Payload) Segments() [][]byte { return p.segments }
+
+// Release gives the memory back. It is called once.
+func (p *Payload) Release() {
+	for _, r := range p.refs {
+		p.d.cache.Unpin(r)
+	}
+	clear(p.segments)
+	p.segments, p.refs = p.segments[:0], p.refs[:0]
+	p.d.payloads.Put(p)
+}
+
+var zeroPage [block.Size]byte
+
+// Read returns the n bytes at off. Damaged blocks are EIO, and only for requests
+// that touch them.
+func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, error) {
+	if err := d.check(off, uint64(n)); err != nil {
+		return nil, err
+	}
+	p := d.payloads.Get().(*Payload)
+	r := block.Covering(off, uint64(n))
+	if err := d.readBlocks(ctx, r, p); err != nil {
+		d.metrics.readErrors.Add(1)
+		p.Release()
+		return nil, err
+	}
+	// The first and the last block may be wanted in part.
+	if n > 0 {
+		if cut := r.End.Bytes() - (off + uint64(n)); cut > 0 {
+			last := &p.segments[len(p.segments)-1]
+			*last = (*last)[:block.Size-cut]
+		}
+		p.segments[0] = p.segments[0][off%block.Size:]
+	}
+	return p, nil
+}
+
+// readBlocks appends the blocks of r to p, a segment each.
+func (d *Device) readBlocks(ctx context.Context, r block.Range, p *Payload) error {
+	var claims []claim
+	// Claims are resolved before waiting for somebody else's.
+	for b := r.Start; b < r.End; {
+		ref, cl, status := d.cache.Get(b)
+		switch status {
+		case pagecache.Hit:
+			p.refs = append(p.refs, ref)
+			p.segments = append(p.segments, d.cache.Bytes(ref))
+		case pagecache.Hole:
+			p.segments = append(p.segments, zeroPage[:])
+		case pagecache.Claimed:
+			claims = append(claims, claim{cl, len(p.segments)})
+			p.segments = append(p.segments, nil)
+		case pagecache.Filling:
+			if err := d.resolve(claims, p); err != nil {
+				return err
+			}
+			claims = claims[:0]
+			if err := d.cache.WaitFill(ctx, b); err != nil {
+				return err
+			}
+			continue
+		}
+		b++
+	}
+	return d.resolve(claims, p)
+}
+
+// A claim is a block that this read has to fill.
+type claim struct {
+	pagecache.Claim
+	segment int // of the payload, where it goes
+}
+
+// resolve reads the claimed blocks, which ascend, from the store, into the cache
+// and into p. All claims are given up, also on an error.
+func (d *Device) resolve(claims []claim, p *Payload) (err error) {
+	if len(claims) == 0 {
+		return nil
+	}
+	d.metrics.misses.Add(1)
+	view := d.store.View()
+	defer d.store.Unview(view)
+	var ext []extents.Extent
+	for len(claims) > 0 {
+		// One window of the map at a time: the blocks of up to a chunk. Blobs do
+		// not cross multiples of the largest extent, so the window does not cut any.
+		const mask = block.Index(store.ExtentBlocksMax - 1)
+		win := block.Range{Start: claims[0].Block() &^ mask}
+		n := 0
+		for n < len(claims) && claims[n].Block() < win.Start+8*store.ExtentBlocksMax {
+			n++
+		}
+		win.End = min((claims[n-1].Block()|mask)+1, d.blocks.End)
+		ext, err = d.store.Lookup(win, ext[:0])
+		d.metrics.lookups.Add(1)
+		if err != nil {
+			d.abandon(claims)
+			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		}
+		if err := d.resolveWindow(claims[:n], ext, p); err != nil {
+			d.abandon(claims[n:])
+			return err
+		}
+		claims = claims[n:]
+	}
+	return nil
+}
+
+func (d *Device) abandon(claims []claim) {
+	for _, c := range claims {
+		d.cache.Abandon(c.Claim)
+	}
+}
+
+// resolveWindow fills the claims from the extents that cover them.
+func (d *Device) resolveWindow(claims []claim, ext []extents.Extent, p *Payload) error {
+	for len(claims) > 0 {
+		b := claims[0].Block()
+		for !ext[0].Range().Contains(b) {
+			ext = ext[1:]
+		}
+		e := ext[0]
+		n := 0
+		switch e.Kind {
+		case extents.Hole:
+			for n < len(claims) && e.Range().Contains(claims[n].Block()) {
+				// Zeros need no frame; the answer is right although a write may
+				// have come since the lookup, for it overlaps this read in time.
+				p.segments[claims[n].segment] = zeroPage[:]
+				d.cache.Abandon(claims[n].Claim)
+				n++
+			}
+			d.metrics.holesRead.Add(1)
+		case extents.Data:
+			// Every claim of this blob, also beyond a hole or another extent.
+			same := func(b block.Index) bool {
+				for i := range ext {
+					if ext[i].Range().Contains(b) {
+						return ext[i].SameBlob(e)
+					}
+				}
+				return false
+			}
+			mine := make([]claim, 0, store.ExtentBlocksMax)
+			rest := claims[:0:0]
+			for _, c := range claims {
+				if len(mine) < cap(mine) && same(c.Block()) {
+					mine = append(mine, c)
+				} else {
+					rest = append(rest, c)
+				}
+			}
+			if err := d.fillBlob(e, ext, mine, p); err != nil {
+				d.abandon(rest)
+				return err
+			}
+			claims = rest
+			continue
+		default:
+			d.abandon(claims)
+			return fmt.Errorf("device: block %d was damaged in the store: %w", b, syscall.EIO)
+		}
+		claims = claims[n:]
+	}
+	return nil
+}
+
+// fillBlob reads and decodes the blob of e once, and fills from it the claims,
+// all of which it covers, and every absent page that the mapping covers.
+func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim, p *Payload) error {
+	blob, release, err := d.decode(e.Addr)
+	if err != nil {
+		d.abandon(claims)
+		return err
+	}
+	defer release()
+	page := func(e extents.Extent, b block.Index) []byte {
+		i := int(b+block.Index(e.Skip)) - int(e.Start)
+		return blob[i*block.Size : (i+1)*block.Size]
+	}
+	if e.Count < block.Count(e.Addr.Blocks) {
+		d.metrics.bookends.Add(1)
+	}
+	// Neighbours first claimed, then looked up again, then filled.
+	var near []claim
+	for i := range ext {
+		x := ext[i]
+		if !x.SameBlob(e) {
+			continue
+		}
+		for b := x.Start; b < x.Range().End; b++ {
+			if cl, ok := d.cache.TryClaim(b); ok {
+				near = append(near, claim{Claim: cl})
+			}
+		}
+	}
+	if len(near) > 0 {
+		win := block.Range{Start: near[0].Block(), End: near[len(near)-1].Block() + 1}
+		again, err := d.store.Lookup(win, nil)
+		if err != nil {
+			d.abandon(near)
+			near = nil
+		}
+		for _, c := range near {
+			for len(again) > 1 && !again[0].Range().Contains(c.Block()) {
+				again = again[1:]
+			}
+			if x := again[0]; x.Range().Contains(c.Block()) && x.SameBlob(e) {
+				if d.cache.Fill(c.Claim, page(x, c.Block())) {
+					d.metrics.neighbours.Add(1)
+				}
+			} else {
+				d.metrics.stale.Add(1)
+				d.cache.Abandon(c.Claim)
+			}
+		}
+	}
+	for _, c := range claims {
+		data := page(e, c.Block())
+		if ref, ok := d.cache.FillPinned(c.Claim, data); ok {
+			p.refs = append(p.refs, ref)
+			p.segments[c.segment] = d.cache.Bytes(ref)
+		} else {
+			// Not cached: a write came, or every frame is in use.
+			p.segments[c.segment] = append([]byte(nil), data...)
+		}
+	}
+	return nil
+}
+
+// decode reads the blob at a and decodes it. The bytes are valid until release.
+func (d *Device) decode(a extents.Addr) (blob []byte, release func(), err error) {
+	d.metrics.decodes.Add(1)
+	// One buffer for both forms: a reader that held one and waited for another
+	// could wait for readers that do the same.
+	buf, err := d.scratch.Get(context.Background())
+	if err != nil {
+		return nil, nil, fmt.Errorf("device: %w", err)
+	}
+	release = func() { d.scratch.Put(buf) }
+	if blob, err = d.decodeInto(buf, a); err != nil {
+		release()
+		if errors.Is(err, store.ErrCorrupt) {
+			d.opts.Warn("damaged data in the store", err)
+		}
+		return nil, nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
+	}
+	return blob, release, nil
+}
+
+func (d *Device) decodeInto(buf []byte, a extents.Addr) ([]byte, error) {
+	const half = store.ExtentBlocksMax * block.Size
+	size := int(a.Blocks) * block.Size
+	if a.Length > half || size > half {
+		return nil, fmt.Errorf("blob of %d bytes for %d blocks: %w", a.Length, a.Blocks, store.ErrCorrupt)
+	}
+	stored := buf[half:][:a.Length]
+	if err := d.store.ReadBlob(stored, a); err != nil {
+		return nil, err
+	}
+	codec := compression.Codec(a.Codec)
+	if codec == compression.None {
+		if len(stored) != size {
+			return nil, fmt.Errorf("raw blob of %d bytes for %d blocks: %w", a.Length, a.Blocks, store.ErrCorrupt)
+		}
+		return stored, nil
+	}
+	return d.decoder.Decode(buf[:0:half], stored, codec, size)
+}

@@ -1,0 +1,451 @@
+package device
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"syscall"
+	"time"
+
+	"cnbd/delalloc"
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/pagecache"
+	"cnbd/store"
+)
+
+// A Write is a write whose payload is being received.
+type Write struct {
+	d        *Device
+	off      uint64
+	n        uint64
+	r        block.Range // blocks touched
+	segments [][]byte
+	frames   []pagecache.Ref // of the blocks of r
+	edges    [2]edge         // the first and the last block, where they are written in part
+}
+
+// An edge is a block that is written in part: [from, to) of its bytes. The rest
+// keeps what the block had before.
+type edge struct {
+	block    block.Index
+	from, to int
+	frame    int // in Write.frames; -1: there is no such edge
+}
+
+// PrepareWrite admits a write of n bytes at off: it waits until the limits of
+// dirty data and payload memory allow it, and reserves space for the worst case.
+// An error that wraps syscall.ENOSPC says that there is none. n > 0.
+func (d *Device) PrepareWrite(ctx context.Context, off uint64, n uint32) (*Write, error) {
+	if err := d.checkWrite(off, uint64(n)); err != nil {
+		return nil, err
+	}
+	return d.prepare(ctx, off, uint64(n))
+}
+
+func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
+	r := block.Covering(off, n)
+	if err := d.cache.BalanceDirty(ctx, r.Len()); err != nil {
+		return nil, err
+	}
+	if err := d.reserve(ctx, r.Len()); err != nil {
+		d.cache.CancelDirty(r.Len())
+		return nil, err
+	}
+	w := d.writes.Get().(*Write)
+	frames, err := d.cache.AllocPayload(ctx, int(r.Len()), w.frames[:0])
+	if err != nil {
+		d.writes.Put(w)
+		d.store.Release(r.Len())
+		d.cache.CancelDirty(r.Len())
+		return nil, err
+	}
+	w.off, w.n, w.r, w.frames = off, n, r, frames
+	w.segments = w.segments[:0]
+	for _, f := range frames {
+		w.segments = append(w.segments, d.cache.Bytes(f))
+	}
+	head, tail := int(off%block.Size), int((off+n-1)%block.Size)+1
+	w.edges = [2]edge{{frame: -1}, {frame: -1}}
+	last := len(frames) - 1
+	end := r.End - 1
+	switch {
+	case last == 0 && (head > 0 || tail < block.Size):
+		w.edges[0] = edge{r.Start, head, tail, 0}
+	case last > 0:
+		if head > 0 {
+			w.edges[0] = edge{r.Start, head, block.Size, 0}
+		}
+		if tail < block.Size {
+			w.edges[1] = edge{end, 0, tail, last}
+		}
+	}
+	w.segments[last] = w.segments[last][:tail]
+	w.segments[0] = w.segments[0][head:]
+	return w, nil
+}
+
+// reserve reserves space for n blocks. When there is none it commits and takes
+// checkpoints, which free what was overwritten, before it gives up.
+func (d *Device) reserve(ctx context.Context, n block.Count) error {
+	err := d.store.Reserve(n)
+	if err == nil || !errors.Is(err, store.ErrNoSpace) {
+		return d.noSpace(err)
+	}
+	d.room.Lock()
+	defer d.room.Unlock()
+	// A segment is free when two checkpoints do not need it (rule R4).
+	for range 3 {
+		if err = d.store.Reserve(n); err == nil || !errors.Is(err, store.ErrNoSpace) {
+			return d.noSpace(err)
+		}
+		if err := d.Flush(ctx); err != nil {
+			return err
+		}
+		if err := d.store.Checkpoint(); err != nil {
+			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		}
+	}
+	return d.noSpace(d.store.Reserve(n))
+}
+
+func (d *Device) noSpace(err error) error {
+	switch {
+	case err == nil:
+		return nil
+	case errors.Is(err, store.ErrNoSpace):
+		return fmt.Errorf("device: %w: %w", syscall.ENOSPC, err)
+	}
+	return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+}
+
+// Segments is the memory for the payload, in order. It is the caller's until
+// Commit or Abort.
+func (w *Write) Segments() [][]byte { return w.segments }
+
+// Abort gives everything back; nothing has changed.
+func (w *Write) Abort() {
+	w.d.cache.FreePayload(w.frames)
+	w.giveUp()
+}
+
+// giveUp gives admission and reservation back.
+func (w *Write) giveUp() {
+	w.d.store.Release(w.r.Len())
+	w.d.cache.CancelDirty(w.r.Len())
+	w.recycle()
+}
+
+func (w *Write) recycle() {
+	clear(w.segments)
+	w.frames = w.frames[:0]
+	w.d.writes.Put(w)
+}
+
+// Commit makes the payload the contents of the range, in one epoch. It reads what
+// blocks that are written in part had before. With fua it is durable when Commit
+// returns nil.
+func (w *Write) Commit(ctx context.Context, fua bool) error {
+	d := w.d
+	if err := w.install(ctx, block.Range{}); err != nil {
+		w.Abort()
+		return err
+	}
+	w.recycle()
+	if fua {
+		return d.Flush(ctx)
+	}
+	return nil
+}
+
+// install publishes the frames of w and the hole, all in one epoch. w may have
+// gaps where the hole is: then w.frames are just the edges.
+func (w *Write) install(ctx context.Context, hole block.Range) error {
+	d := w.d
+	var old [2]oldBlock
+	defer func() {
+		for i := range old {
+			old[i].release(d)
+		}
+	}()
+	for {
+		// What the edges had before is read outside of the epoch and the lock.
+		for i, e := range w.edges {
+			if e.frame < 0 {
+				continue
+			}
+			var err error
+			old[i].release(d)
+			if old[i], err = d.readOld(ctx, e.block); err != nil {
+				return err
+			}
+		}
+		owner := d.owners.Add(1)
+		epoch := d.epochs.Enter()
+		epoch.State.Lock(w.r, owner)
+		stands := true
+		for i, e := range w.edges {
+			stands = stands && (e.frame < 0 || old[i].stands(d, e.block))
+		}
+		if !stands {
+			epoch.State.Unlock(w.r, owner, 0, 0)
+			d.epochs.Leave()
+			d.metrics.rmwRetries.Add(1)
+			continue
+		}
+		for i, e := range w.edges {
+			if e.frame >= 0 {
+				d.metrics.rmws.Add(1)
+				page := d.cache.Bytes(w.frames[e.frame])
+				copy(page[:e.from], old[i].data[:e.from])
+				copy(page[e.to:], old[i].data[e.to:])
+			}
+		}
+		var spare block.Count
+		if hole.Empty() {
+			for i, f := range w.frames {
+				if d.cache.Install(w.r.Start+block.Index(i), f, epoch.Number) {
+					spare++
+				}
+			}
+			epoch.State.Unlock(w.r, owner, extents.Delalloc, extents.DirtyHole)
+		} else {
+			spare = w.installAround(epoch, owner, hole)
+		}
+		epoch.Touch(time.Now())
+		d.epochs.Leave()
+		d.store.Release(spare)
+		d.flusher.Dirtied()
+		return nil
+	}
+}
+
+// installAround publishes the edges of w and the hole between them. The caller
+// holds the range lock of w.r, which covers both.
+func (w *Write) installAround(epoch *delalloc.Epoch, owner uint64, hole block.Range) (spare block.Count) {
+	d := w.d
+	dropped, _ := d.cache.InstallHole(hole, epoch.Number)
+	spare = dropped
+	for _, e := range w.edges {
+		if e.frame >= 0 && d.cache.Install(e.block, w.frames[e.frame], epoch.Number) {
+			spare++
+		}
+	}
+	for _, r := range []block.Range{{Start: w.r.Start, End: hole.Start}, {Start: hole.End, End: w.r.End}} {
+		epoch.State.Unlock(r, owner, extents.Delalloc, extents.DirtyHole)
+	}
+	epoch.State.Unlock(hole, owner, extents.DirtyHole, extents.Delalloc)
+	return spare
+}
+
+// An oldBlock is what a block had before a write of a part of it, with the means
+// to tell whether it still has: a pinned page, or a claim that a write withdraws,
+// or nothing for a block in a pending hole.
+type oldBlock struct {
+	data   []byte
+	ref    pagecache.Ref
+	claim  pagecache.Claim
+	status pagecache.Status
+	held   bool
+}
+
+// readOld reads block b for a read-modify-write.
+func (d *Device) readOld(ctx context.Context, b block.Index) (o oldBlock, err error) {
+	for {
+		ref, cl, status := d.cache.Get(b)
+		switch status {
+		case pagecache.Hit:
+			return oldBlock{data: d.cache.Bytes(ref), ref: ref, status: status, held: true}, nil
+		case pagecache.Hole:
+			return oldBlock{data: zeroPage[:], status: status}, nil
+		case pagecache.Filling:
+			if err := d.cache.WaitFill(ctx, b); err != nil {
+				return o, err
+			}
+			continue
+		}
+		// The claim is kept, and not filled: it stands until somebody writes b.
+		data, err := d.readClaimed(cl)
+		if err != nil {
+			return o, err
+		}
+		return oldBlock{data: data, claim: cl, status: status, held: true}, nil
+	}
+}
+
+// readClaimed reads the one block of a claim, which stays claimed unless there is
+// an error.
+func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
+	b := cl.Block()
+	defer func() {
+		if err != nil {
+			d.cache.Abandon(cl)
+		}
+	}()
+	d.metrics.misses.Add(1)
+	view := d.store.View()
+	defer d.store.Unview(view)
+	ext, err := d.store.Lookup(block.Span(b, 1), nil)
+	d.metrics.lookups.Add(1)
+	if err != nil {
+		return nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
+	}
+	switch e := ext[0]; e.Kind {
+	case extents.Hole:
+		return zeroPage[:], nil
+	case extents.Data:
+		blob, release, err := d.decode(e.Addr)
+		if err != nil {
+			return nil, err
+		}
+		defer release()
+		return append([]byte(nil), blob[int(e.Skip)*block.Size:][:block.Size]...), nil
+	}
+	return nil, fmt.Errorf("device: block %d was damaged in the store, and can be written as a whole only: %w", b, syscall.EIO)
+}
+
+// stands tells whether block b still has what o says. REQUIRES: its range lock.
+func (o *oldBlock) stands(d *Device, b block.Index) bool {
+	if o.status == pagecache.Claimed {
+		return d.cache.Stands(o.claim)
+	}
+	ref, cl, status := d.cache.Get(b)
+	switch status {
+	case pagecache.Hit:
+		d.cache.Unpin(ref)
+	case pagecache.Claimed:
+		d.cache.Abandon(cl)
+	}
+	return status == o.status && ref == o.ref
+}
+
+// release gives up what o holds.
+func (o *oldBlock) release(d *Device) {
+	if !o.held {
+		return
+	}
+	o.held = false
+	if o.status == pagecache.Claimed {
+		d.cache.Abandon(o.claim)
+	} else {
+		d.cache.Unpin(o.ref)
+	}
+}
+
+// dirtyRangesMax bounds the memory of the state tree: trims and writes of single
+// blocks far from each other are committed when there are so many.
+const dirtyRangesMax = 64 << 10
+
+// Trim makes the whole blocks inside [off, off+n) read as zeros and frees their
+// space; at the end of the device a block that it ends in counts as whole. It
+// is answered at once whatever the range; with fua it is durable.
+func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
+	if err := d.checkWrite(off, n); err != nil {
+		return err
+	}
+	r := block.Within(off, n)
+	if n > 0 && off+n == d.geometry.DeviceSize {
+		r = block.Within(off, d.blocks.End.Bytes()-off)
+	}
+	if !r.Empty() {
+		if err := d.bound(ctx); err != nil {
+			return err
+		}
+		w := d.writes.Get().(*Write)
+		w.r, w.frames, w.segments = r, w.frames[:0], w.segments[:0]
+		w.edges = [2]edge{{frame: -1}, {frame: -1}}
+		err := w.install(ctx, r)
+		w.recycle()
+		if err != nil {
+			return err
+		}
+	}
+	if fua {
+		return d.Flush(ctx)
+	}
+	return nil
+}
+
+// bound commits when the state tree has grown too large.
+func (d *Device) bound(ctx context.Context) error {
+	if d.epochs.Open().State.Ranges() < dirtyRangesMax {
+		return nil
+	}
+	return d.Flush(ctx)
+}
+
+// WriteZeroes makes [off, off+n) read as zeros: whole blocks become holes, and
+// the parts of blocks at the edges are written. It happens in one epoch.
+func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error {
+	if err := d.checkWrite(off, n); err != nil {
+		return err
+	}
+	if n == 0 {
+		return nil
+	}
+	if err := d.bound(ctx); err != nil {
+		return err
+	}
+	inner := block.Within(off, n)
+	if inner.Empty() {
+		// One or two blocks, each in part.
+		w, err := d.prepare(ctx, off, n)
+		if err != nil {
+			return err
+		}
+		for _, s := range w.segments {
+			clear(s)
+		}
+		return w.Commit(ctx, fua)
+	}
+	head := off % block.Size
+	tail := (off + n) % block.Size
+	if off+n == d.geometry.DeviceSize && tail != 0 {
+		// Nothing lies behind the end.
+		inner.End, tail = d.blocks.End, 0
+	}
+	w := d.writes.Get().(*Write)
+	w.r, w.frames, w.segments = block.Covering(off, n), w.frames[:0], w.segments[:0]
+	w.edges = [2]edge{{frame: -1}, {frame: -1}}
+	edges := 0
+	if head != 0 {
+		w.edges[0] = edge{w.r.Start, int(head), block.Size, edges}
+		edges++
+	}
+	if tail != 0 {
+		w.edges[1] = edge{w.r.End - 1, 0, int(tail), edges}
+		edges++
+	}
+	if edges > 0 {
+		if err := d.cache.BalanceDirty(ctx, block.Count(edges)); err != nil {
+			w.recycle()
+			return err
+		}
+		err := d.reserve(ctx, block.Count(edges))
+		if err == nil {
+			if w.frames, err = d.cache.AllocPayload(ctx, edges, w.frames); err != nil {
+				d.store.Release(block.Count(edges))
+			}
+		}
+		if err != nil {
+			d.cache.CancelDirty(block.Count(edges))
+			w.recycle()
+			return err
+		}
+		for _, f := range w.frames {
+			clear(d.cache.Bytes(f))
+		}
+	}
+	if err := w.install(ctx, inner); err != nil {
+		d.cache.FreePayload(w.frames)
+		d.store.Release(block.Count(edges))
+		d.cache.CancelDirty(block.Count(edges))
+		w.recycle()
+		return err
+	}
+	w.recycle()
+	if fua {
+		return d.Flush(ctx)
+	}
+	return nil
+}

@@ -1,0 +1,26 @@
+//go:build !race
+
+package buffer
+
+import (
+	"fmt"
+
+	"golang.org/x/sys/unix"
+)
+
+// mapMemory is n bytes of zeroed, page-aligned memory outside the Go heap. It
+// takes address space only: a page of it becomes resident when it is touched.
+func mapMemory(n int) ([]byte, error) {
+	b, err := unix.Mmap(-1, 0, n, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS)
+	if err != nil {
+		return nil, fmt.Errorf("buffer: map %d bytes: %w", n, err)
+	}
+	return b, nil
+}
+
+func unmapMemory(b []byte) error {
+	if err := unix.Munmap(b); err != nil {
+		return fmt.Errorf("buffer: unmap %d bytes: %w", len(b), err)
+	}
+	return nil
+}

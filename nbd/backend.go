@@ -1,0 +1,77 @@
+package nbd
+
+import "context"
+
+// A Backend is the disk behind an export: the verbs that the server serves.
+//
+// The server calls it concurrently, from many connections, in no order; what
+// overlaps in time may take effect in any order. It checks ranges first: a
+// backend is only asked for 0 < n and off+n <= Size, and asked to write only if
+// it is not ReadOnly. An error becomes an error number by [ErrnoOf].
+//
+// The context of a call ends when its connection dies or the server is closed.
+// A call must then return soon, or the connection cannot be given up; work that
+// has begun may complete all the same.
+type Backend interface {
+	// Size is the size in bytes. It is constant while the backend is served.
+	Size() uint64
+
+	// ReadOnly tells that the backend refuses to be written, as it is when a
+	// connection is negotiated. A backend that becomes read-only later answers
+	// with its own errors.
+	ReadOnly() bool
+
+	// Read returns the n bytes at off. It may block.
+	Read(ctx context.Context, off uint64, n uint32) (Payload, error)
+
+	// PrepareWrite reserves what a write of n bytes at off needs, space
+	// included, and hands out the memory for its payload, before that is
+	// received. It blocks while memory or the limit of dirty data is reached;
+	// meanwhile nothing is read from the connection.
+	PrepareWrite(ctx context.Context, off uint64, n uint32) (PendingWrite, error)
+
+	// WriteZeroes makes the n bytes at off read as zeroes. With f.FastZero and
+	// no way to do it faster than by writing, it changes nothing and returns
+	// [ErrNotSupported].
+	WriteZeroes(ctx context.Context, off, n uint64, f ZeroFlags) error
+
+	// Trim tells that the n bytes at off are no longer needed; what they then
+	// read as is the backend's choice. With fua its effect is durable on return.
+	Trim(ctx context.Context, off, n uint64, fua bool) error
+
+	// Flush makes durable what every call that returned before Flush was
+	// called has changed, from whatever connection.
+	Flush(ctx context.Context) error
+}
+
+// ZeroFlags modify [Backend.WriteZeroes].
+type ZeroFlags struct {
+	FUA      bool // durable on return
+	NoHole   bool // the range stays allocated: a later write to it must find space
+	FastZero bool // fail with ErrNotSupported rather than be slow
+}
+
+// A Payload is the data of a READ. It is shared: immutable, and borrowed from
+// the backend until Release.
+type Payload interface {
+	// Segments are the bytes in order; their lengths add up to those asked for.
+	Segments() [][]byte
+	// Release gives the memory back. The server calls it once, when the
+	// data has been sent or is no longer wanted.
+	Release()
+}
+
+// A PendingWrite is a WRITE whose payload is being received. The server ends it
+// with exactly one call of Commit or Abort.
+type PendingWrite interface {
+	// Segments is the memory to fill, in order; the lengths add up to those
+	// asked for. It is the server's until Commit or Abort; nobody else sees
+	// what is in it before Commit.
+	Segments() [][]byte
+	// Commit makes the payload the content of the range, wholly or, with an
+	// error, as the backend can; with fua it is durable on return.
+	// It gives the memory back to the backend in either case.
+	Commit(ctx context.Context, fua bool) error
+	// Abort forgets the write and gives the memory back.
+	Abort()
+}

@@ -1,0 +1,234 @@
+package nbd
+
+import (
+	"context"
+	"encoding/binary"
+	"errors"
+	"io"
+	"net"
+	"os"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+)
+
+func TestClientNegotiates(t *testing.T) {
+	ro := newMemDisk(8192)
+	ro.readOnly = true
+	s := serve(t, Options{Exports: []Export{
+		{Name: "", Backend: newMemDisk(4096)},
+		{Name: "a name/with ?#% and ü", Description: "odd", Backend: ro},
+	}})
+	list, err := List(t.Context(), s.uri(""))
+	if err != nil || len(list) != 2 || list[1] != (ExportInfo{"a name/with ?#% and ü", "odd"}) {
+		t.Errorf("List: %q, %v", list, err)
+	}
+	c := s.dial("a name/with ?#% and ü")
+	if c.Size() != 8192 || c.Flags()&FlagReadOnly == 0 || c.Flags()&FlagSendTrim != 0 {
+		t.Errorf("size %d, flags %#x", c.Size(), c.Flags())
+	}
+	if _, err := Dial(t.Context(), s.uri("nope")); !errors.Is(err, errOption(repErrUnknown)) {
+		t.Errorf("an unknown export: %v", err)
+	}
+	err = c.WriteAt(t.Context(), []byte{1}, 0, false)
+	if !errors.Is(err, EPERM) || !errors.Is(err, syscall.EPERM) || errors.Is(err, syscall.EIO) {
+		t.Errorf("write to a read-only export: %v", err)
+	}
+	if _, err := Dial(t.Context(), "nbd+unix:///?socket=/nonexistent/s"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("no server: %v", err)
+	}
+}
+
+// Requests longer than the server takes are sent in pieces.
+func TestClientCutsLongRequests(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, PayloadBytesMax: 64 << 10})
+	c := s.dial("")
+	p, q := pattern(500_001, 3), make([]byte, 500_001)
+	if err := errors.Join(c.WriteAt(t.Context(), p, 11, false), c.ReadAt(t.Context(), q, 11)); err != nil {
+		t.Fatal(err)
+	}
+	mustEqual(t, "read back", q, p)
+	if n := s.Metrics().Write.Requests; n != 8 {
+		t.Errorf("%d writes", n)
+	}
+	// TRIM is not bound to the payload's limit, only to 32 bits.
+	big := &hugeDisk{memDisk: newMemDisk(4096), trims: make(chan [2]uint64, 8)}
+	c = serveDisk(t, big).dial("")
+	if err := c.Trim(t.Context(), 4096, 5<<30, false); err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range [][2]uint64{{4096, 2 << 30}, {4096 + 2<<30, 2 << 30}, {4096 + 4<<30, 1 << 30}} {
+		if got := <-big.trims; got != want {
+			t.Errorf("trim %v, want %v", got, want)
+		}
+	}
+}
+
+// A hugeDisk is one of 16 TiB that only knows TRIM.
+type hugeDisk struct {
+	*memDisk
+	trims chan [2]uint64
+}
+
+func (d *hugeDisk) Size() uint64 { return 16 << 40 }
+func (d *hugeDisk) Trim(_ context.Context, off, n uint64, _ bool) error {
+	d.trims <- [2]uint64{off, n}
+	return nil
+}
+
+// A cancelled call returns at once and leaves the connection in sync.
+func TestClientContext(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	copy(d.data, pattern(1<<20, 1))
+	g := newGate()
+	d.onRead = func(ctx context.Context, off uint64) error {
+		if off == 0 {
+			return g.wait(ctx)
+		}
+		return nil
+	}
+	c := serveDisk(t, d).dial("")
+	ctx, cancel := context.WithCancel(t.Context())
+	failed := make(chan error, 1)
+	p := make([]byte, 100_000)
+	go func() { failed <- c.ReadAt(ctx, p, 0) }()
+	<-g.entered
+	cancel()
+	if err := <-failed; err != context.Canceled {
+		t.Fatal(err)
+	}
+	clear(p) // it is ours again
+	g.open(1)
+	q := make([]byte, 4096)
+	for range 10 {
+		if err := c.ReadAt(t.Context(), q, 4096); err != nil {
+			t.Fatal(err)
+		}
+		mustEqual(t, "a later read", q, d.data[4096:8192])
+	}
+	mustEqual(t, "the buffer of the cancelled read", p, make([]byte, len(p)))
+	if err := c.ReadAt(ctx, q, 4096); err != context.Canceled {
+		t.Fatal(err)
+	}
+}
+
+func TestClientClose(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+	s := serveDisk(t, d)
+
+	c := s.dial("")
+	failed := make(chan error, 1)
+	go func() { failed <- c.ReadAt(t.Context(), make([]byte, 10), 0) }()
+	<-g.entered
+	c.Close()
+	if err := <-failed; err != ErrClientClosed {
+		t.Errorf("read during Close: %v", err)
+	}
+	if err := c.Flush(t.Context()); err != ErrClientClosed {
+		t.Errorf("flush after Close: %v", err)
+	}
+
+	c = s.dial("")
+	go func() { failed <- c.ReadAt(t.Context(), make([]byte, 10), 0) }()
+	<-g.entered
+	ended := make(chan error, 1)
+	go func() { ended <- c.Disconnect(t.Context()) }()
+	eventually(t, "requests are refused", func() bool { return c.Flush(t.Context()) == ErrClientClosed })
+	g.open(1)
+	if err := errors.Join(<-failed, <-ended); err != nil {
+		t.Errorf("Disconnect answers what is in flight: %v", err)
+	}
+
+	c = s.dial("")
+	s.Close()
+	if err := c.Flush(t.Context()); !errors.Is(err, io.ErrUnexpectedEOF) && !errors.Is(err, syscall.EPIPE) && !errors.Is(err, syscall.ECONNRESET) {
+		t.Errorf("flush without a server: %v", err)
+	}
+}
+
+// script is a server that sends out, and takes what comes.
+func scriptServer(t *testing.T, out ...[]byte) (nc net.Conn) {
+	a, b := net.Pipe()
+	var group sync.WaitGroup
+	group.Go(func() { io.Copy(io.Discard, b) })
+	group.Go(func() {
+		for _, p := range out {
+			b.Write(p)
+		}
+	})
+	t.Cleanup(func() { a.Close(); b.Close(); group.Wait() })
+	return a
+}
+
+func greeting(flags uint16) []byte {
+	return binary.BigEndian.AppendUint16([]byte("NBDMAGICIHAVEOPT"), flags)
+}
+
+func export(size uint64, flags TransmissionFlags, zeroes int) []byte {
+	b := binary.BigEndian.AppendUint64(nil, size)
+	b = binary.BigEndian.AppendUint16(b, uint16(flags))
+	return append(b, make([]byte, zeroes)...)
+}
+
+func TestClientOfOldServers(t *testing.T) {
+	for name, out := range map[string][][]byte{
+		"without GO":         {greeting(3), appendOptReply(nil, optGo, repErrUnsup, nil), export(4096, FlagHasFlags, 0)},
+		"without NO_ZEROES":  {greeting(1), appendOptReply(nil, optGo, repErrUnsup, []byte("what?")), export(4096, FlagHasFlags, 124)},
+		"not fixed":          {greeting(0), export(4096, FlagHasFlags, 124)},
+		"not fixed, zeroing": {greeting(2), export(4096, FlagHasFlags, 0)},
+	} {
+		c, err := NewClient(t.Context(), scriptServer(t, out...), "x")
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		if c.Size() != 4096 || c.Flags() != FlagHasFlags {
+			t.Errorf("%s: size %d, flags %#x", name, c.Size(), c.Flags())
+		}
+		c.Close()
+	}
+}
+
+func TestClientOfBrokenServers(t *testing.T) {
+	reply := func(e Errno, cookie uint64) []byte {
+		var b [simpleReplySize]byte
+		putSimpleReply(&b, e, cookie)
+		return b[:]
+	}
+	old := append(greeting(0), export(4096, FlagHasFlags, 124)...)
+	for _, tc := range []struct {
+		name string
+		out  []byte
+		want string
+	}{
+		{"not NBD", []byte("SSH-2.0-OpenSSH_9.2p1\r\n"), "magic"},
+		{"oldstyle", []byte("NBDMAGIC\x00\x00\x42\x02\x81\x86\x12\x53\x00\x00"), "oldstyle"},
+		{"wrong magic of an option's reply", append(greeting(3), make([]byte, 20)...), "magic"},
+		{"endless option", append(greeting(3), append(appendOptReply(nil, optGo, repInfo, nil)[:16], 0xff, 0, 0, 0)...), "absurdly"},
+		{"GO that tells nothing", append(greeting(3), appendOptReply(nil, optGo, repAck, nil)...), "nothing"},
+		{"answer to no request", append(old, reply(0, 99)...), "no request"},
+		{"wrong magic of a reply", append(old, make([]byte, 16)...), "magic"},
+		{"refusal", append(old, reply(ENOSPC, 1)...), "ENOSPC"},
+	} {
+		ctx := t.Context()
+		c, err := NewClient(ctx, scriptServer(t, tc.out), "")
+		if err == nil {
+			err = c.ReadAt(ctx, make([]byte, 100), 0)
+			c.Close()
+		}
+		if err == nil || !strings.Contains(err.Error(), tc.want) {
+			t.Errorf("%s: %v, want something with %q", tc.name, err, tc.want)
+		}
+	}
+	// One that says nothing is given up with the context.
+	ctx, cancel := context.WithCancel(t.Context())
+	nc := scriptServer(t)
+	go cancel()
+	if _, err := NewClient(ctx, nc, ""); !errors.Is(err, context.Canceled) {
+		t.Errorf("a silent server: %v", err)
+	}
+}

@@ -1,0 +1,451 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"time"
+
+	"cnbd/internal/invariants"
+)
+
+const (
+	// writeHangUpBytes is the length of a WRITE from which on its payload is
+	// not worth consuming to stay in sync.
+	writeHangUpBytes = 1 << 30
+
+	// sendBytesMax bounds what is sent at once, beyond a single reply, so that
+	// room for new requests is made as replies leave.
+	sendBytesMax = 1 << 20
+
+	// lingerMax bounds how long a connection that the server ends waits for
+	// the client to close. Closed at once, with requests unread, TCP would
+	// throw away the replies that are still on their way.
+	lingerMax = time.Second
+)
+
+var errWriteTooLong = errors.New("nbd: absurdly long write")
+
+// A conn is one connection of a [Server].
+type conn struct {
+	s      *Server
+	nc     net.Conn
+	id     uint64
+	ctx    context.Context // ends with the connection; its cause tells why
+	cancel context.CancelCauseFunc
+
+	in receiver // of the reader
+
+	// Set by the handshake, immutable from then on.
+	export   *Export
+	size     uint64
+	flags    TransmissionFlags
+	readOnly bool
+
+	work    chan *request // unbuffered: only an idle worker takes from it
+	workers sync.WaitGroup
+	room    chan struct{} // capacity 1: requests have left flight
+
+	mu struct {
+		sync.Mutex
+		requests int        // in flight
+		bytes    uint64     // payload of the requests in flight
+		ready    []*request // finished, to be sent
+		sending  bool       // a goroutine is in the loop of finish
+		free     []*request // for reuse, at most as many as there were in flight
+	}
+
+	// Of the goroutine that is sending.
+	batch []*request
+	iov   net.Buffers
+}
+
+// A request is one request from admission until its reply has been sent.
+type request struct {
+	header
+	bytes   uint64       // counted in conn.mu.bytes
+	write   PendingWrite // a WRITE whose payload is received, not yet ended
+	payload Payload      // the data of a READ, not yet released
+	errno   Errno
+	reply   [simpleReplySize]byte
+}
+
+// fail is the death of the connection, if it is not dead yet. It may be called
+// from any goroutine.
+func (c *conn) fail(err error) {
+	c.cancel(err)
+	c.nc.Close()
+}
+
+// newConn returns the connection of nc, ready to serve. Its handshake's time
+// runs from now on.
+func newConn(s *Server, nc net.Conn) *conn {
+	c := &conn{s: s, nc: nc, work: make(chan *request), room: make(chan struct{}, 1)}
+	c.ctx, c.cancel = context.WithCancelCause(context.Background())
+	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
+	return c
+}
+
+// serve runs the connection to its end and returns why it ended, nil if in good
+// order. On return all that belonged to it is stopped, released and closed.
+func (c *conn) serve() error {
+	err := c.handshake()
+	chosen := err == nil
+	if chosen {
+		c.s.log(Event{Kind: EventOpen, Conn: c.id, Remote: remoteOf(c.nc), Export: c.export.Name})
+		err = c.transmit()
+		if err != nil && !errors.Is(err, errStopped) {
+			c.fail(err)
+		}
+		c.waitIdle()
+		close(c.work)
+		c.workers.Wait()
+	} else if !errors.Is(err, errAborted) && !errors.Is(err, errStopped) {
+		c.s.counters.handshakesFailed.Add(1)
+	}
+	if cause := context.Cause(c.ctx); cause != nil {
+		err = cause // the first reason, rather than what came of it
+	} else if chosen && errors.Is(err, errStopped) {
+		c.linger()
+	}
+	c.fail(err) // by now it only frees what is left
+	if errors.Is(err, errStopped) || errors.Is(err, errAborted) {
+		return nil
+	}
+	return err
+}
+
+// handshake runs the negotiation within its time.
+func (c *conn) handshake() error {
+	if err := c.nc.SetWriteDeadline(c.in.handshake); err != nil {
+		return err
+	}
+	if err := c.negotiate(); err != nil {
+		return err
+	}
+	c.in.endHandshake()
+	return c.nc.SetWriteDeadline(time.Time{})
+}
+
+// linger tells the client that nothing more comes, and gives it a while to take
+// what has been sent and close.
+func (c *conn) linger() {
+	half, ok := c.nc.(interface{ CloseWrite() error })
+	if !ok || half.CloseWrite() != nil {
+		return
+	}
+	if c.nc.SetReadDeadline(time.Now().Add(lingerMax)) == nil {
+		io.Copy(io.Discard, c.nc)
+	}
+}
+
+// transmit reads requests until the connection ends: with nil after DISC, with
+// errStopped, or with the reason of its death.
+func (c *conn) transmit() error {
+	for {
+		b, err := c.in.request()
+		if err != nil {
+			return err
+		}
+		h, ok := decodeHeader(b)
+		if !ok {
+			return errBadMagic
+		}
+		if h.cmd == CmdDisc {
+			return nil
+		}
+		r, err := c.admit(h)
+		if err != nil {
+			return err
+		}
+		if h.cmd == CmdWrite && h.n > 0 {
+			if err := c.receive(r); err != nil {
+				return err
+			}
+		}
+		if r.errno != 0 || h.n == 0 && h.cmd != CmdFlush {
+			// Refused, or of no length, which succeeds and does nothing: the
+			// document leaves it open, and this is what other servers do.
+			c.finish(r)
+			continue
+		}
+		select {
+		case c.work <- r:
+		default:
+			c.workers.Go(func() { c.worker(r) })
+		}
+	}
+}
+
+// check is the error of a request that can be told from its header: the client's
+// fault, which costs it this request and nothing else.
+func (c *conn) check(h header) Errno {
+	switch h.cmd {
+	case CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdWriteZeroes:
+	default:
+		return EINVAL
+	}
+	if h.flags&^cmdFlagsOf(h.cmd) != 0 {
+		return EINVAL
+	}
+	if h.cmd == CmdFlush {
+		if h.off != 0 || h.n != 0 {
+			return EINVAL // reserved, must be zero
+		}
+		return 0
+	}
+	if c.readOnly && h.cmd != CmdRead {
+		return EPERM
+	}
+	if (h.cmd == CmdRead || h.cmd == CmdWrite) && h.n > c.s.opts.PayloadBytesMax {
+		return EINVAL
+	}
+	if h.off > c.size || uint64(h.n) > c.size-h.off {
+		if h.cmd == CmdWrite || h.cmd == CmdWriteZeroes {
+			return ENOSPC
+		}
+		return EINVAL
+	}
+	return 0
+}
+
+// admit checks h and waits until there is room for it in flight. The error is
+// that of the connection, if it dies meanwhile.
+func (c *conn) admit(h header) (*request, error) {
+	errno := c.check(h)
+	var bytes uint64
+	if errno == 0 && (h.cmd == CmdRead || h.cmd == CmdWrite) {
+		bytes = uint64(h.n)
+	}
+	m := &c.mu
+	m.Lock()
+	for m.requests >= c.s.opts.RequestsMax || bytes > 0 && m.bytes > 0 && m.bytes+bytes > c.s.opts.BytesMax {
+		m.Unlock()
+		select {
+		case <-c.room:
+		case <-c.ctx.Done():
+			return nil, context.Cause(c.ctx)
+		}
+		m.Lock()
+	}
+	m.requests++
+	m.bytes += bytes
+	var r *request
+	if n := len(m.free); n > 0 {
+		r, m.free = m.free[n-1], m.free[:n-1]
+	} else {
+		r = new(request)
+	}
+	m.Unlock()
+	c.s.counters.inFlight.Add(1)
+	*r = request{header: h, bytes: bytes, errno: errno}
+	return r, nil
+}
+
+// receive takes the payload of the WRITE r from the wire: into the backend's
+// memory, or to nowhere if r is refused. An error is the connection's death;
+// r is then finished.
+func (c *conn) receive(r *request) error {
+	if r.errno == 0 {
+		w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, r.n)
+		if err == nil && segmentsLen(w.Segments()) != uint64(r.n) {
+			invariants.Assertf(false, "PrepareWrite(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(w.Segments()))
+			w.Abort()
+			err = fmt.Errorf("nbd: backend gave wrong memory for a write")
+		}
+		if err != nil {
+			c.backendError(r, err)
+		} else {
+			r.write = w
+		}
+	}
+	var err error
+	switch {
+	case r.write != nil:
+		err = c.in.segments(r.write.Segments())
+	case r.n > writeHangUpBytes:
+		err = errWriteTooLong
+	default:
+		err = c.in.discard(uint64(r.n))
+	}
+	if err != nil {
+		c.fail(err)
+		c.abort(r)
+		c.finish(r)
+	}
+	return err
+}
+
+// abort ends the pending write of r, if there is one.
+func (c *conn) abort(r *request) {
+	if r.write != nil {
+		r.write.Abort()
+		r.write = nil
+		r.errno = ESHUTDOWN
+	}
+}
+
+// worker executes r, and then what the reader has for it.
+func (c *conn) worker(r *request) {
+	for ok := true; ok; r, ok = <-c.work {
+		c.execute(r)
+		c.finish(r)
+	}
+}
+
+// execute lets the backend do r.
+func (c *conn) execute(r *request) {
+	if c.ctx.Err() != nil { // nobody is there to be answered
+		c.abort(r)
+		r.errno = ESHUTDOWN
+		return
+	}
+	b := c.export.Backend
+	fua := r.flags&cmdFlagFUA != 0
+	var err error
+	switch r.cmd {
+	case CmdRead:
+		r.payload, err = b.Read(c.ctx, r.off, r.n)
+		if err == nil && segmentsLen(r.payload.Segments()) != uint64(r.n) {
+			invariants.Assertf(false, "Read(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(r.payload.Segments()))
+			r.payload.Release()
+			err = fmt.Errorf("nbd: backend gave wrong data for a read")
+		}
+		if err != nil {
+			r.payload = nil
+		}
+	case CmdWrite:
+		err = r.write.Commit(c.ctx, fua)
+		r.write = nil
+	case CmdFlush:
+		err = b.Flush(c.ctx)
+	case CmdTrim:
+		err = b.Trim(c.ctx, r.off, uint64(r.n), fua)
+	case CmdWriteZeroes:
+		err = b.WriteZeroes(c.ctx, r.off, uint64(r.n), ZeroFlags{
+			FUA:      fua,
+			NoHole:   r.flags&cmdFlagNoHole != 0,
+			FastZero: r.flags&cmdFlagFastZero != 0,
+		})
+	}
+	if err != nil {
+		c.backendError(r, err)
+	}
+}
+
+// backendError enters and logs the backend's answer to r.
+func (c *conn) backendError(r *request, err error) {
+	r.errno = ErrnoOf(err)
+	if r.errno == ENOTSUP && r.flags&cmdFlagFastZero == 0 {
+		r.errno = EINVAL // clients know ENOTSUP as an answer to FAST_ZERO only
+	}
+	if c.ctx.Err() == nil && r.errno != ENOTSUP {
+		c.s.log(Event{
+			Kind: EventRequestFailed, Conn: c.id, Remote: remoteOf(c.nc), Export: c.export.Name, Err: err,
+			Command: r.cmd, Offset: r.off, Length: r.n,
+		})
+	}
+}
+
+// finish answers r: it queues the reply and, if nobody is sending, sends what
+// is queued until nothing is. It may block as long as the client does not read;
+// others only queue meanwhile. r must not be used any more.
+func (c *conn) finish(r *request) {
+	c.s.counters.finished(r)
+	m := &c.mu
+	m.Lock()
+	m.ready = append(m.ready, r)
+	if m.sending {
+		m.Unlock()
+		return
+	}
+	m.sending = true
+	for len(m.ready) > 0 {
+		n, bytes := 0, uint64(0)
+		for n < len(m.ready) && (n == 0 || bytes+m.ready[n].bytes <= sendBytesMax) {
+			bytes += m.ready[n].bytes
+			n++
+		}
+		c.batch = append(c.batch[:0], m.ready[:n]...)
+		m.ready = append(m.ready[:0], m.ready[n:]...)
+		m.Unlock()
+
+		c.send(c.batch)
+		c.s.counters.inFlight.Add(-int64(n))
+
+		m.Lock()
+		for _, r := range c.batch {
+			m.bytes -= r.bytes
+			*r = request{}
+		}
+		m.requests -= n
+		m.free = append(m.free, c.batch...)
+		select {
+		case c.room <- struct{}{}:
+		default:
+		}
+	}
+	m.sending = false
+	m.Unlock()
+}
+
+// send writes the replies of batch and releases their payloads. On a dead
+// connection it only does the latter; an error is the connection's death.
+func (c *conn) send(batch []*request) {
+	if c.ctx.Err() == nil {
+		iov := c.iov[:0]
+		for _, r := range batch {
+			putSimpleReply(&r.reply, r.errno, r.cookie)
+			iov = append(iov, r.reply[:])
+			if r.payload != nil {
+				iov = append(iov, r.payload.Segments()...)
+			}
+		}
+		if err := c.write(iov); err != nil {
+			c.fail(err)
+		}
+		clear(iov)
+		c.iov = iov[:0]
+	}
+	for _, r := range batch {
+		if r.payload != nil {
+			r.payload.Release()
+			r.payload = nil
+		}
+	}
+}
+
+func (c *conn) write(iov net.Buffers) error {
+	if d := c.s.opts.StallTimeout; d > 0 {
+		if err := c.nc.SetWriteDeadline(time.Now().Add(d)); err != nil {
+			return err
+		}
+	}
+	c.iov = iov // WriteTo consumes a variable, which must not be allocated each time
+	_, err := c.iov.WriteTo(c.nc)
+	return err
+}
+
+// waitIdle waits until nothing is in flight. It is called when the reader has
+// read its last request.
+func (c *conn) waitIdle() {
+	for {
+		c.mu.Lock()
+		n := c.mu.requests
+		c.mu.Unlock()
+		if n == 0 {
+			return
+		}
+		<-c.room
+	}
+}
+
+func segmentsLen(segs [][]byte) (n uint64) {
+	for _, s := range segs {
+		n += uint64(len(s))
+	}
+	return n
+}

@@ -1,0 +1,60 @@
+// Package nbd speaks the Network Block Device protocol: its wire types, a
+// [Server] that serves any [Backend], and a small [Client].
+//
+// What is spoken is fixed newstyle with the options EXPORT_NAME, ABORT, LIST,
+// INFO and GO and the commands READ, WRITE, DISC, FLUSH, TRIM and WRITE_ZEROES
+// (FUA, NO_HOLE, FAST_ZERO), answered with simple replies. Everything else is
+// refused in a way that keeps the connection in sync.
+//
+// # A connection
+//
+//	         socket
+//	           │ read                                     ▲ writev
+//	           ▼                                          │
+//	reader ── admit ── PrepareWrite, receive ── work ──▶ workers ── ready
+//	           ▲            (memory of the backend)       │          │
+//	           └────────────── room ◀──────────────── one of them sends
+//
+// One goroutine reads requests. It admits a request when the connection has
+// fewer than RequestsMax requests and BytesMax bytes of payload in flight, and
+// hands it to a worker: an idle one, else a new one, so there is at most one
+// worker more than there are requests in flight. Workers call the backend
+// concurrently and in no order. A finished request is queued; the worker that
+// finds nobody sending becomes the sender, and sends all that is ready, with as
+// few system calls as it can, until nothing is. So there is neither a goroutine
+// nor a hand-off between a lone request and its reply, and replies that are
+// ready together leave together.
+//
+// The payload of a WRITE is received into memory that [Backend.PrepareWrite]
+// hands out; it is the reader that waits there while memory or the dirty limit
+// is short. Nothing better is possible: the bytes behind the header have to be
+// put somewhere before the next header can be seen. So a writer over the limit
+// is slowed by its own socket, together with the reads that it has pipelined
+// behind the write; other connections are not.
+//
+// # Invariants
+//
+//  1. Every admitted request is finished exactly once, and is in flight until
+//     its reply has been given to the kernel or the connection is dead.
+//  2. After an answered error the next byte read is the first one of a request
+//     header, or of an option: what a refused message carries is consumed.
+//  3. Every [Payload] is released, and every [PendingWrite] committed or
+//     aborted, exactly once, before the connection is counted as closed.
+//  4. What a client makes the server hold is bounded: by RequestsMax, BytesMax
+//     (at least one request's payload), the receive buffer, one option's data.
+//  5. FLUSH covers what was answered before it was received: a reply is queued
+//     only after the backend has returned, so the backend has seen all of it.
+//
+// # The end of a connection
+//
+// DISC and [Server.Shutdown] end it in good order: no further request is read,
+// those in flight finish and are answered. Anything else (end of file, an error
+// of the socket, a broken header, a stalled client, [Server.Close]) is its death:
+// its context is cancelled, the socket is closed, pending writes that have not
+// begun to commit are aborted.
+//
+// # Locks
+//
+// Outermost first: Server.mu, receiver.mu, conn.mu. None is held during I/O or
+// a call of the backend.
+package nbd

@@ -1,0 +1,423 @@
+package nbd
+
+import (
+	"bytes"
+	"context"
+	"flag"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"os"
+	"path/filepath"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+var seedFlag = flag.Uint64("seed", 0, "seed of the random tests; 0 takes CNBD_SEED, or one of its own")
+
+// testRand returns a random source whose seed is printed when the test fails.
+func testRand(t testing.TB) *rand.Rand {
+	seed := *seedFlag
+	if s := os.Getenv("CNBD_SEED"); seed == 0 && s != "" {
+		var err error
+		if seed, err = strconv.ParseUint(s, 0, 64); err != nil {
+			t.Fatalf("CNBD_SEED: %v", err)
+		}
+	}
+	if seed == 0 {
+		seed = rand.Uint64()
+	}
+	t.Logf("CNBD_SEED=%d", seed)
+	return rand.New(rand.NewPCG(seed, 0))
+}
+
+// testScale is the multiplier of the long tests.
+func testScale(t testing.TB) int {
+	if s := os.Getenv("CNBD_TEST_SCALE"); s != "" {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 {
+			t.Fatalf("CNBD_TEST_SCALE=%q", s)
+		}
+		return n
+	}
+	return 1
+}
+
+// A memDisk is a Backend over a byte slice, with a second one that holds what a
+// power cut would leave. Its hooks, when set, run at the start of their verb.
+type memDisk struct {
+	readOnly bool
+	pieceMax int // of segments; 0: a page
+
+	onRead    func(ctx context.Context, off uint64) error
+	onPrepare func(ctx context.Context, off uint64) error
+	onCommit  func(ctx context.Context, off uint64) error
+	onFlush   func(ctx context.Context) error
+	onZero    func(f ZeroFlags) error
+	onTrim    func(off, n uint64, fua bool) error
+
+	payloads, pendings atomic.Int64 // handed out, not yet given back
+	payloadBytes       atomic.Int64
+	payloadBytesMost   atomic.Int64 // that payloadBytes has ever been
+	aborts             atomic.Int64
+
+	mu      sync.Mutex
+	data    []byte
+	durable []byte
+}
+
+func newMemDisk(size int) *memDisk {
+	return &memDisk{data: make([]byte, size), durable: make([]byte, size)}
+}
+
+func (d *memDisk) Size() uint64   { return uint64(len(d.data)) }
+func (d *memDisk) ReadOnly() bool { return d.readOnly }
+
+// pieces makes n bytes of segments that end where pages end, as a page cache has them.
+func (d *memDisk) pieces(off uint64, n uint32) (segs [][]byte) {
+	size := uint64(d.pieceMax)
+	if size == 0 {
+		size = 4096
+	}
+	for end := off + uint64(n); off < end; {
+		m := min(size-off%size, end-off)
+		segs = append(segs, make([]byte, m))
+		off += m
+	}
+	return segs
+}
+
+var poison = [4096]byte{0: 0xdb, 1: 0xdb, 2: 0xdb, 3: 0xdb, 4095: 0xdb}
+
+type memPayload struct {
+	d    *memDisk
+	segs [][]byte
+	n    int64
+	gone bool
+}
+
+func (d *memDisk) Read(ctx context.Context, off uint64, n uint32) (Payload, error) {
+	if d.onRead != nil {
+		if err := d.onRead(ctx, off); err != nil {
+			return nil, err
+		}
+	}
+	p := &memPayload{d: d, segs: d.pieces(off, n), n: int64(n)}
+	d.payloads.Add(1)
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.payloadBytesMost.Store(max(d.payloadBytesMost.Load(), d.payloadBytes.Add(p.n)))
+	for _, s := range p.segs {
+		off += uint64(copy(s, d.data[off:]))
+	}
+	return p, nil
+}
+
+func (p *memPayload) Segments() [][]byte { return p.segs }
+
+func (p *memPayload) Release() {
+	if p.gone {
+		panic("payload released twice")
+	}
+	p.gone = true
+	for _, s := range p.segs { // whoever still sends it is found out
+		for len(s) > 0 {
+			s = s[copy(s, poison[:]):]
+		}
+	}
+	p.d.payloads.Add(-1)
+	p.d.payloadBytes.Add(-p.n)
+}
+
+type memWrite struct {
+	d    *memDisk
+	off  uint64
+	segs [][]byte
+	gone bool
+}
+
+func (d *memDisk) PrepareWrite(ctx context.Context, off uint64, n uint32) (PendingWrite, error) {
+	if d.onPrepare != nil {
+		if err := d.onPrepare(ctx, off); err != nil {
+			return nil, err
+		}
+	}
+	d.pendings.Add(1)
+	return &memWrite{d: d, off: off, segs: d.pieces(off, n)}, nil
+}
+
+func (w *memWrite) Segments() [][]byte { return w.segs }
+
+func (w *memWrite) end() {
+	if w.gone {
+		panic("pending write ended twice")
+	}
+	w.gone = true
+	w.d.pendings.Add(-1)
+}
+
+func (w *memWrite) Commit(ctx context.Context, fua bool) error {
+	defer w.end()
+	if w.d.onCommit != nil {
+		if err := w.d.onCommit(ctx, w.off); err != nil {
+			return err
+		}
+	}
+	w.d.change(w.off, bytes.Join(w.segs, nil), fua)
+	return nil
+}
+
+func (w *memWrite) Abort() {
+	w.end()
+	w.d.aborts.Add(1)
+}
+
+func (d *memDisk) change(off uint64, p []byte, fua bool) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	copy(d.data[off:], p)
+	if fua {
+		copy(d.durable[off:], p)
+	}
+}
+
+func (d *memDisk) WriteZeroes(_ context.Context, off, n uint64, f ZeroFlags) error {
+	if d.onZero != nil {
+		if err := d.onZero(f); err != nil {
+			return err
+		}
+	}
+	d.change(off, make([]byte, n), f.FUA)
+	return nil
+}
+
+func (d *memDisk) Trim(_ context.Context, off, n uint64, fua bool) error {
+	if d.onTrim != nil {
+		if err := d.onTrim(off, n, fua); err != nil {
+			return err
+		}
+	}
+	d.change(off, make([]byte, n), fua)
+	return nil
+}
+
+func (d *memDisk) Flush(ctx context.Context) error {
+	if d.onFlush != nil {
+		if err := d.onFlush(ctx); err != nil {
+			return err
+		}
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	copy(d.durable, d.data)
+	return nil
+}
+
+// idle fails the test if memory of d is still handed out.
+func (d *memDisk) idle(t testing.TB) {
+	t.Helper()
+	if p, w := d.payloads.Load(), d.pendings.Load(); p != 0 || w != 0 {
+		t.Errorf("handed out at the end: %d payloads, %d pending writes", p, w)
+	}
+}
+
+// A testServer is a server on a unix socket, which is closed and looked over at
+// the end of the test.
+type testServer struct {
+	*Server
+	t    testing.TB
+	path string
+}
+
+// serve starts a server of opts.
+func serve(t testing.TB, opts Options) *testServer {
+	t.Helper()
+	before := runtime.NumGoroutine()
+	s, err := NewServer(opts)
+	if err != nil {
+		t.Fatal(err)
+	}
+	ts := &testServer{Server: s, t: t, path: filepath.Join(socketDir(t), "s")}
+	l, err := Listen("unix:" + ts.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := make(chan error, 1)
+	go func() { served <- s.Serve(l) }()
+	t.Cleanup(func() {
+		s.Close()
+		if err := <-served; err != ErrServerClosed {
+			t.Errorf("Serve: %v", err)
+		}
+		m := s.Metrics()
+		if m.Connections != 0 || m.RequestsInFlight != 0 {
+			t.Errorf("after Close: %d connections, %d requests in flight", m.Connections, m.RequestsInFlight)
+		}
+		for _, e := range opts.Exports {
+			if d, ok := e.Backend.(*memDisk); ok {
+				d.idle(t)
+			}
+		}
+		noLeaks(t, before)
+	})
+	return ts
+}
+
+// serveDisk starts a server of d under the empty name.
+func serveDisk(t testing.TB, d Backend) *testServer {
+	t.Helper()
+	return serve(t, Options{Exports: []Export{{Backend: d}}})
+}
+
+// socketDir is a directory with a short name, for socket paths are short.
+func socketDir(t testing.TB) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "nbd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	return dir
+}
+
+// noLeaks fails the test if there are more goroutines than before. The last
+// instructions of a goroutine make no event, so this looks again for a while.
+func noLeaks(t testing.TB, before int) {
+	t.Helper()
+	for end := time.Now().Add(5 * time.Second); runtime.NumGoroutine() > before; runtime.Gosched() {
+		if time.Now().After(end) {
+			buf := make([]byte, 1<<20)
+			t.Errorf("%d goroutines, %d before:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			return
+		}
+	}
+}
+
+// uri is the URI of export.
+func (s *testServer) uri(export string) string {
+	return URI{"unix", s.path, export}.String()
+}
+
+// dial returns a client of export, which is closed at the end of the test.
+func (s *testServer) dial(export string) *Client {
+	s.t.Helper()
+	c, err := Dial(s.t.Context(), s.uri(export))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { c.Close() })
+	return c
+}
+
+// A rawConn is a connection for talking bytes.
+type rawConn struct {
+	*net.UnixConn
+	t testing.TB
+}
+
+// raw connects without a handshake. Everything on the connection has to happen
+// within ten seconds.
+func (s *testServer) raw() rawConn {
+	s.t.Helper()
+	nc, err := net.Dial("unix", s.path)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	nc.SetDeadline(time.Now().Add(10 * time.Second))
+	s.t.Cleanup(func() { nc.Close() })
+	return rawConn{nc.(*net.UnixConn), s.t}
+}
+
+// rawGo connects and negotiates the export with the empty name.
+func (s *testServer) rawGo() rawConn {
+	s.t.Helper()
+	rc := s.raw()
+	rc.get(18)
+	rc.put([]byte{0, 0, 0, 3})
+	rc.put(appendOption(nil, optExportName, nil))
+	rc.get(10)
+	return rc
+}
+
+func (rc rawConn) put(b []byte) {
+	rc.t.Helper()
+	if _, err := rc.Write(b); err != nil {
+		rc.t.Fatalf("send %d bytes: %v", len(b), err)
+	}
+}
+
+func (rc rawConn) get(n int) []byte {
+	rc.t.Helper()
+	b := make([]byte, n)
+	for got := 0; got < n; {
+		m, err := rc.Read(b[got:])
+		if err != nil {
+			rc.t.Fatalf("want %d bytes, got %d (%x), then %v", n, got, b[:min(got, 64)], err)
+		}
+		got += m
+	}
+	return b
+}
+
+// request sends a request without a payload.
+func (rc rawConn) request(cmd Command, cookie, off uint64, n uint32) {
+	rc.t.Helper()
+	rc.put(header{cmd: cmd, cookie: cookie, off: off, n: n}.appendTo(nil))
+}
+
+// reply receives the header of a reply.
+func (rc rawConn) reply() (Errno, uint64) {
+	rc.t.Helper()
+	e, cookie, ok := decodeSimpleReply(rc.get(simpleReplySize))
+	if !ok {
+		rc.t.Fatal("wrong magic of a reply")
+	}
+	return e, cookie
+}
+
+// eof expects the server to close without another byte.
+func (rc rawConn) eof() {
+	rc.t.Helper()
+	var b [1]byte
+	n, err := rc.Read(b[:])
+	if n != 0 || err == nil || strings.Contains(err.Error(), "timeout") {
+		rc.t.Fatalf("want the end of the connection, got %x, %v", b[:n], err)
+	}
+}
+
+// eventually waits for what no event tells.
+func eventually(t testing.TB, what string, f func() bool) {
+	t.Helper()
+	for end := time.Now().Add(10 * time.Second); !f(); runtime.Gosched() {
+		if time.Now().After(end) {
+			t.Fatalf("in vain waited until %s", what)
+		}
+	}
+}
+
+// pattern is n bytes that depend on v.
+func pattern(n int, v byte) []byte {
+	b := make([]byte, n)
+	for i := range b {
+		b[i] = v + byte(i) + byte(i>>8)*3
+	}
+	return b
+}
+
+func mustEqual(t testing.TB, what string, got, want []byte) {
+	t.Helper()
+	if bytes.Equal(got, want) {
+		return
+	}
+	i := 0
+	for i < min(len(got), len(want)) && got[i] == want[i] {
+		i++
+	}
+	t.Fatalf("%s: %d bytes, want %d; first difference at %d: %s", what, len(got), len(want), i,
+		fmt.Sprintf("%x, want %x", got[i:min(len(got), i+8)], want[i:min(len(want), i+8)]))
+}

@@ -1,0 +1,92 @@
+package nbd
+
+import "sync/atomic"
+
+// Metrics is a snapshot of what a [Server] has done and is doing. Each number
+// is exact; they are not of one instant.
+type Metrics struct {
+	Connections        int    // open
+	ConnectionsMax     int    // the bound of Connections
+	ConnectionsTotal   uint64 // let in
+	ConnectionsRefused uint64 // not let in
+	HandshakesFailed   uint64
+
+	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
+	RequestsMax      int   // the bound for each connection
+
+	Read, Write, Flush, Trim, WriteZeroes, Unknown CommandMetrics
+
+	// Errors are the errors answered, by number.
+	Errors map[Errno]uint64
+}
+
+// CommandMetrics count the requests of one command that have been answered.
+type CommandMetrics struct {
+	Requests uint64 // errors included
+	Errors   uint64
+	Bytes    uint64 // lengths of those that succeeded
+}
+
+// counters are the server's live numbers, written without a lock.
+type counters struct {
+	connectionsTotal, connectionsRefused, handshakesFailed atomic.Uint64
+
+	inFlight atomic.Int64
+	commands [len(commandSlots)]struct{ requests, errors, bytes atomic.Uint64 }
+	errnos   [len(errnoSlots)]atomic.Uint64
+}
+
+// The slots of counters; what is in no slot is counted in slot 0.
+var (
+	commandSlots = [...]Command{0xffff, CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdWriteZeroes}
+	errnoSlots   = [...]Errno{EIO, EPERM, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN}
+)
+
+func slot[T comparable](slots []T, v T) int {
+	for i, s := range slots {
+		if s == v {
+			return i
+		}
+	}
+	return 0
+}
+
+// finished counts the answer to r.
+func (cs *counters) finished(r *request) {
+	cmd := &cs.commands[slot(commandSlots[:], r.cmd)]
+	cmd.requests.Add(1)
+	if r.errno == 0 {
+		cmd.bytes.Add(uint64(r.n))
+		return
+	}
+	cmd.errors.Add(1)
+	cs.errnos[slot(errnoSlots[:], r.errno)].Add(1)
+}
+
+// Metrics returns a snapshot.
+func (s *Server) Metrics() Metrics {
+	cs := &s.counters
+	s.mu.Lock()
+	open := len(s.mu.conns)
+	s.mu.Unlock()
+	m := Metrics{
+		Connections:        open,
+		ConnectionsMax:     s.opts.ConnectionsMax,
+		ConnectionsTotal:   cs.connectionsTotal.Load(),
+		ConnectionsRefused: cs.connectionsRefused.Load(),
+		HandshakesFailed:   cs.handshakesFailed.Load(),
+		RequestsInFlight:   cs.inFlight.Load(),
+		RequestsMax:        s.opts.RequestsMax,
+		Errors:             make(map[Errno]uint64),
+	}
+	for i, dst := range []*CommandMetrics{&m.Unknown, &m.Read, &m.Write, &m.Flush, &m.Trim, &m.WriteZeroes} {
+		c := &cs.commands[i]
+		*dst = CommandMetrics{c.requests.Load(), c.errors.Load(), c.bytes.Load()}
+	}
+	for i, e := range errnoSlots {
+		if n := cs.errnos[i].Load(); n > 0 {
+			m.Errors[e] = n
+		}
+	}
+	return m
+}

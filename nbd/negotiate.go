@@ -1,0 +1,197 @@
+package nbd
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+)
+
+const (
+	// optionBytesMax bounds the data of an option that is looked at. The
+	// largest that means something here is a name and a list of numbers.
+	optionBytesMax = 64 << 10
+	// optionDiscardMax bounds the data of an option that is consumed, to
+	// answer that it is too big; the sender of more is hung up on.
+	optionDiscardMax = 1 << 20
+	// optionsMax bounds the options of one handshake.
+	optionsMax = 256
+
+	// blockPreferred is the advertised preferred block size, that of a page.
+	blockPreferred = 4096
+)
+
+var (
+	errAborted        = errors.New("nbd: client aborted the handshake")
+	errUnknownFlags   = errors.New("nbd: unknown client flags")
+	errBadMagic       = errors.New("nbd: wrong magic number")
+	errOptionTooLong  = errors.New("nbd: absurdly long option")
+	errTooManyOptions = errors.New("nbd: too many options")
+	errNotFixed       = errors.New("nbd: option of fixed newstyle without its flag")
+	errNoExport       = errors.New("nbd: no such export")
+)
+
+// negotiate runs the handshake on c, until c.export and c.flags are chosen. An
+// error ends the connection; errAborted and errStopped are its orderly ends.
+func (c *conn) negotiate() error {
+	out := binary.BigEndian.AppendUint64(nil, magicServer)
+	out = binary.BigEndian.AppendUint64(out, magicOption)
+	out = binary.BigEndian.AppendUint16(out, handshakeFlags)
+	if _, err := c.nc.Write(out); err != nil {
+		return err
+	}
+	b, err := c.in.next(4)
+	if err != nil {
+		return err
+	}
+	clientFlags := binary.BigEndian.Uint32(b)
+	if clientFlags&^handshakeFlags != 0 {
+		return fmt.Errorf("%w: %#x", errUnknownFlags, clientFlags)
+	}
+	for range optionsMax {
+		done, err := c.option(clientFlags)
+		if err != nil || done {
+			return err
+		}
+	}
+	return errTooManyOptions
+}
+
+// option receives and answers one option; done means that the handshake is over.
+func (c *conn) option(clientFlags uint32) (done bool, err error) {
+	b, err := c.in.next(optionSize)
+	if err != nil {
+		return false, err
+	}
+	if binary.BigEndian.Uint64(b) != magicOption {
+		return false, errBadMagic
+	}
+	opt := option(binary.BigEndian.Uint32(b[8:]))
+	n := binary.BigEndian.Uint32(b[12:])
+	if opt != optExportName && clientFlags&flagFixedNewstyle == 0 {
+		return false, errNotFixed
+	}
+
+	if n > optionBytesMax {
+		if n > optionDiscardMax || opt == optExportName {
+			return false, fmt.Errorf("%w: %d bytes", errOptionTooLong, n)
+		}
+		if err := c.in.discard(uint64(n)); err != nil {
+			return false, err
+		}
+		return false, c.refuse(opt, repErrTooBig, "option too long")
+	}
+	data := make([]byte, n)
+	if err := c.in.segments([][]byte{data}); err != nil {
+		return false, err
+	}
+
+	if opt == optAbort {
+		if _, err := c.nc.Write(appendOptReply(nil, opt, repAck, nil)); err != nil {
+			return false, err
+		}
+		return false, errAborted
+	}
+	if c.in.stopped() {
+		if opt != optExportName {
+			err = c.refuse(opt, repErrShut, "")
+		}
+		return false, errors.Join(errStopped, err)
+	}
+	switch opt {
+	case optExportName:
+		return true, c.exportName(string(data), clientFlags&flagNoZeroes != 0)
+	case optList:
+		return false, c.list(data)
+	case optInfo, optGo:
+		return c.info(opt, data)
+	default:
+		return false, c.refuse(opt, repErrUnsup, "")
+	}
+}
+
+// refuse answers an option with an error and a text for people.
+func (c *conn) refuse(opt option, r optReply, text string) error {
+	_, err := c.nc.Write(appendOptReply(nil, opt, r, []byte(text)))
+	return err
+}
+
+// exportName answers EXPORT_NAME, which can only be refused by hanging up.
+func (c *conn) exportName(name string, noZeroes bool) error {
+	e, ok := c.s.exports[name]
+	if !ok {
+		return fmt.Errorf("%w: %.256q", errNoExport, name)
+	}
+	c.choose(e)
+	out := binary.BigEndian.AppendUint64(nil, c.size)
+	out = binary.BigEndian.AppendUint16(out, uint16(c.flags))
+	if !noZeroes {
+		out = append(out, make([]byte, reservedZeroes)...)
+	}
+	_, err := c.nc.Write(out)
+	return err
+}
+
+// list answers LIST with the exports in the order of the options.
+func (c *conn) list(data []byte) error {
+	if len(data) != 0 {
+		return c.refuse(optList, repErrInvalid, "LIST takes no data")
+	}
+	var out, b []byte
+	for i := range c.s.opts.Exports {
+		e := &c.s.opts.Exports[i]
+		b = binary.BigEndian.AppendUint32(b[:0], uint32(len(e.Name)))
+		b = append(b, e.Name...)
+		b = append(b, e.Description...)
+		out = appendOptReply(out, optList, repServer, b)
+	}
+	_, err := c.nc.Write(appendOptReply(out, optList, repAck, nil))
+	return err
+}
+
+// info answers INFO and GO; done means a GO that succeeded.
+func (c *conn) info(opt option, data []byte) (done bool, err error) {
+	q, ok := decodeInfoQuery(data)
+	if !ok {
+		return false, c.refuse(opt, repErrInvalid, "malformed query")
+	}
+	e, ok := c.s.exports[q.export]
+	if !ok {
+		return false, c.refuse(opt, repErrUnknown, "no such export")
+	}
+	c.choose(e)
+
+	b := binary.BigEndian.AppendUint16(nil, infoExport)
+	b = binary.BigEndian.AppendUint64(b, c.size)
+	b = binary.BigEndian.AppendUint16(b, uint16(c.flags))
+	out := appendOptReply(nil, opt, repInfo, b)
+	if q.name {
+		b = append(binary.BigEndian.AppendUint16(b[:0], infoName), e.Name...)
+		out = appendOptReply(out, opt, repInfo, b)
+	}
+	if q.description && e.Description != "" {
+		b = append(binary.BigEndian.AppendUint16(b[:0], infoDescription), e.Description...)
+		out = appendOptReply(out, opt, repInfo, b)
+	}
+	if q.blockSize {
+		b = binary.BigEndian.AppendUint16(b[:0], infoBlockSize)
+		b = binary.BigEndian.AppendUint32(b, 1)
+		b = binary.BigEndian.AppendUint32(b, blockPreferred)
+		b = binary.BigEndian.AppendUint32(b, c.s.opts.PayloadBytesMax)
+		out = appendOptReply(out, opt, repInfo, b)
+	}
+	_, err = c.nc.Write(appendOptReply(out, opt, repAck, nil))
+	return opt == optGo, err
+}
+
+// choose makes e the export of the connection. After INFO a later option may
+// choose another.
+func (c *conn) choose(e *Export) {
+	c.export, c.size = e, e.Backend.Size()
+	c.flags = FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn
+	c.readOnly = e.Backend.ReadOnly()
+	if c.readOnly {
+		c.flags |= FlagReadOnly
+	} else {
+		c.flags |= FlagSendTrim | FlagSendWriteZeroes | FlagSendFastZero
+	}
+}

@@ -1,0 +1,291 @@
+package nbd
+
+import (
+	"errors"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	// receiveBufferBytes holds a good number of small requests, which then cost
+	// one system call together and one copy each; of a larger payload only
+	// what arrived together with its header is copied.
+	receiveBufferBytes = 32 << 10
+
+	// iovMax is the kernel's limit (UIO_MAXIOV) of segments in one call.
+	iovMax = 1024
+)
+
+// errStopped tells that stop has been called, at a point where nothing that
+// was begun is lost.
+var errStopped = errors.New("nbd: stopped")
+
+// aLongTimeAgo is a deadline that ends every read at once.
+var aLongTimeAgo = time.Unix(1, 0)
+
+// A receiver reads from a connection through a buffer, and knows the deadlines:
+//
+//   - during the handshake, one for all of it;
+//   - between requests none, but stop ends the wait;
+//   - inside a request, one for each further piece, whatever stop does.
+//
+// It belongs to the goroutine that reads the connection, except for stop.
+type receiver struct {
+	nc    net.Conn
+	raw   syscall.RawConn // nil if nc has no descriptor
+	stall time.Duration   // limit of the wait for a piece; 0: none
+
+	buf  []byte
+	r, w int // buf[r:w] is received and not yet consumed
+
+	handshake time.Time // deadline of the handshake; zero: it is over
+	timed     bool      // nc may have a read deadline
+
+	// The state of a readv, so that it needs no closure made for each.
+	iov      [][]byte
+	readvFn  func(fd uintptr) bool
+	readvN   int
+	readvErr error
+
+	mu struct {
+		sync.Mutex
+		stopped bool
+		woken   bool // stop's deadline may have ended a read inside a request
+	}
+}
+
+// init prepares rc to read nc, whose handshake ends at deadline (zero: never).
+func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
+	rc.nc, rc.stall, rc.handshake = nc, stall, deadline
+	rc.buf = make([]byte, receiveBufferBytes)
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			rc.raw = raw
+		}
+	}
+	rc.readvFn = func(fd uintptr) bool {
+		for {
+			rc.readvN, rc.readvErr = unix.Readv(int(fd), rc.iov)
+			if rc.readvErr != unix.EINTR {
+				return rc.readvErr != unix.EAGAIN
+			}
+		}
+	}
+}
+
+// stop makes the next call of request, or the handshake, end with errStopped;
+// what follows the header of a request is still received. It may be called
+// from any goroutine, more than once.
+func (rc *receiver) stop() {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if !rc.mu.stopped {
+		rc.mu.stopped, rc.mu.woken = true, true
+		rc.nc.SetReadDeadline(aLongTimeAgo)
+	}
+}
+
+func (rc *receiver) stopped() bool {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	return rc.mu.stopped
+}
+
+// endHandshake takes the handshake's deadline away.
+func (rc *receiver) endHandshake() { rc.handshake = time.Time{} }
+
+// request waits for the header of a request and returns its bytes, which are
+// valid until the next call. It returns errStopped after stop, and io.EOF if the
+// connection ended between two requests.
+func (rc *receiver) request() ([]byte, error) {
+	for rc.r == rc.w {
+		if err := rc.armIdle(); err != nil {
+			return nil, err
+		}
+		rc.r, rc.w = 0, 0
+		n, err := rc.nc.Read(rc.buf)
+		rc.w = n
+		if n == 0 && err != nil {
+			if errors.Is(err, os.ErrDeadlineExceeded) && rc.stopped() {
+				return nil, errStopped
+			}
+			return nil, err
+		}
+	}
+	if rc.stopped() {
+		return nil, errStopped
+	}
+	return rc.next(requestSize)
+}
+
+// armIdle prepares the wait for a request.
+func (rc *receiver) armIdle() error {
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if rc.mu.stopped {
+		return errStopped
+	}
+	if rc.timed {
+		rc.timed = false
+		return rc.nc.SetReadDeadline(time.Time{})
+	}
+	return nil
+}
+
+// armBusy prepares the wait for a piece of something that has begun.
+func (rc *receiver) armBusy() error {
+	var deadline time.Time
+	if !rc.handshake.IsZero() {
+		deadline = rc.handshake
+	} else if rc.stall > 0 {
+		deadline = time.Now().Add(rc.stall)
+	}
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	if rc.mu.stopped && !rc.handshake.IsZero() {
+		return errStopped
+	}
+	rc.mu.woken = false // the deadline set here replaces stop's
+	rc.timed = true
+	return rc.nc.SetReadDeadline(deadline)
+}
+
+// again reports whether a read that failed with err is to be repeated: it was
+// ended by stop, inside a request.
+func (rc *receiver) again(err error) bool {
+	if !errors.Is(err, os.ErrDeadlineExceeded) {
+		return false
+	}
+	rc.mu.Lock()
+	defer rc.mu.Unlock()
+	return rc.mu.woken
+}
+
+// read receives at least one byte into p, past the buffer, which must be empty.
+func (rc *receiver) read(p []byte) (int, error) {
+	for {
+		if err := rc.armBusy(); err != nil {
+			return 0, err
+		}
+		n, err := rc.nc.Read(p)
+		if n > 0 {
+			return n, nil
+		}
+		if err != nil && !rc.again(err) {
+			return 0, unexpected(err)
+		}
+	}
+}
+
+// readv receives at least one byte into segs[0][fill:] and the segments behind
+// it, in order, and what arrives beyond them into the buffer, which must be
+// empty. It returns how many bytes went into segs.
+func (rc *receiver) readv(segs [][]byte, fill int) (int, error) {
+	if rc.raw == nil {
+		return rc.read(segs[0][fill:])
+	}
+	rc.iov = append(rc.iov[:0], segs[0][fill:])
+	rc.iov = append(rc.iov, segs[1:min(len(segs), iovMax-1)]...)
+	room := 0
+	for _, s := range rc.iov {
+		room += len(s)
+	}
+	if len(rc.iov) == len(segs) {
+		rc.iov = append(rc.iov, rc.buf)
+	}
+	defer func() { clear(rc.iov) }() // the memory is only borrowed
+	for {
+		if err := rc.armBusy(); err != nil {
+			return 0, err
+		}
+		err := rc.raw.Read(rc.readvFn)
+		if err == nil {
+			if rc.readvErr != nil {
+				return 0, os.NewSyscallError("readv", rc.readvErr)
+			}
+			if rc.readvN == 0 {
+				return 0, io.ErrUnexpectedEOF
+			}
+			rc.r, rc.w = 0, max(0, rc.readvN-room)
+			return min(rc.readvN, room), nil
+		}
+		if !rc.again(err) {
+			return 0, err
+		}
+	}
+}
+
+// unexpected turns an end of file inside something into the error it is.
+func unexpected(err error) error {
+	if err == io.EOF {
+		return io.ErrUnexpectedEOF
+	}
+	return err
+}
+
+// next receives n bytes, at most the size of the buffer, and returns them as a
+// part of it, valid until the next call.
+func (rc *receiver) next(n int) ([]byte, error) {
+	if len(rc.buf)-rc.r < n {
+		rc.w = copy(rc.buf, rc.buf[rc.r:rc.w])
+		rc.r = 0
+	}
+	for rc.w-rc.r < n {
+		m, err := rc.read(rc.buf[rc.w:])
+		if err != nil {
+			return nil, err
+		}
+		rc.w += m
+	}
+	rc.r += n
+	return rc.buf[rc.r-n : rc.r], nil
+}
+
+// discard receives n bytes and forgets them.
+func (rc *receiver) discard(n uint64) error {
+	for n > 0 {
+		if rc.r == rc.w {
+			rc.r, rc.w = 0, 0
+			m, err := rc.read(rc.buf)
+			if err != nil {
+				return err
+			}
+			rc.w = m
+		}
+		m := min(n, uint64(rc.w-rc.r))
+		rc.r += int(m)
+		n -= m
+	}
+	return nil
+}
+
+// segments fills segs, borrowed, in order. The bytes that are in the buffer
+// already are copied; the others are received in place.
+func (rc *receiver) segments(segs [][]byte) error {
+	fill := 0 // bytes of segs[0] that are filled
+	for {
+		for ; len(segs) > 0 && fill >= len(segs[0]); segs = segs[1:] {
+			fill -= len(segs[0])
+		}
+		if len(segs) == 0 {
+			return nil
+		}
+		if rc.r < rc.w {
+			n := copy(segs[0][fill:], rc.buf[rc.r:rc.w])
+			rc.r += n
+			fill += n
+			continue
+		}
+		n, err := rc.readv(segs, fill)
+		if err != nil {
+			return err
+		}
+		fill += n
+	}
+}

@@ -1,0 +1,358 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"runtime/pprof"
+	"strings"
+	"sync"
+	"syscall"
+	"time"
+	"unicode/utf8"
+)
+
+// ErrServerClosed is returned by [Server.Serve] after Shutdown or Close.
+var ErrServerClosed = errors.New("nbd: server closed")
+
+var errTooManyConnections = errors.New("nbd: too many connections")
+
+// An Export is a backend under the name by which clients ask for it.
+type Export struct {
+	// Name is what clients ask for. The empty name is the export of clients
+	// that ask for none.
+	Name string
+	// Description is shown to people who list the exports. May be empty.
+	Description string
+	Backend     Backend
+}
+
+// Options configure a [Server].
+type Options struct {
+	// Exports are what is served: at least one, with distinct names.
+	Exports []Export
+
+	// ConnectionsMax bounds the connections; a further one is closed as soon
+	// as it is accepted. Default 256.
+	ConnectionsMax int
+
+	// RequestsMax bounds the requests in flight on each connection. Default 128.
+	RequestsMax int
+
+	// PayloadBytesMax is the longest READ or WRITE, in bytes; longer ones are
+	// answered with EINVAL. A power of two, from 64 KiB to 1 GiB. Default 32 MiB,
+	// which every client may assume.
+	PayloadBytesMax uint32
+
+	// BytesMax bounds the payload in flight on each connection, in bytes: data
+	// of reads not yet taken by the client, and of writes not yet done. A
+	// single request is always let in. Default 32 MiB.
+	BytesMax uint64
+
+	// HandshakeTimeout bounds the handshake. Default 10 s.
+	HandshakeTimeout time.Duration
+
+	// StallTimeout is for how long a client may leave a request half sent, or
+	// a reply unread while the socket is full, before it is cut off; it may be
+	// idle for ever. It is what ends the claim of a stopped client on memory.
+	// Default 5 min; negative means no limit.
+	StallTimeout time.Duration
+
+	// Log is called for what operators may want to know; nil means nobody
+	// does. It is called concurrently, from the goroutine that has the event,
+	// and must not block.
+	Log func(Event)
+}
+
+func (o Options) withDefaults() Options {
+	setDefault(&o.ConnectionsMax, 256)
+	setDefault(&o.RequestsMax, 128)
+	setDefault(&o.PayloadBytesMax, 32<<20)
+	setDefault(&o.BytesMax, 32<<20)
+	setDefault(&o.HandshakeTimeout, 10*time.Second)
+	setDefault(&o.StallTimeout, 5*time.Minute)
+	return o
+}
+
+func setDefault[T comparable](p *T, v T) {
+	if *p == *new(T) {
+		*p = v
+	}
+}
+
+// Validate reports all faults of o together. Zero values mean defaults and are
+// no faults.
+func (o Options) Validate() error {
+	o = o.withDefaults()
+	var faults []error
+	fault := func(format string, args ...any) { faults = append(faults, fmt.Errorf("nbd: "+format, args...)) }
+	if len(o.Exports) == 0 {
+		fault("no exports")
+	}
+	seen := make(map[string]bool)
+	for i, e := range o.Exports {
+		if err := checkString(e.Name); err != nil {
+			fault("export %d: name: %w", i, err)
+		}
+		if err := checkString(e.Description); err != nil {
+			fault("export %q: description: %w", e.Name, err)
+		}
+		if e.Backend == nil {
+			fault("export %q: no backend", e.Name)
+		}
+		if seen[e.Name] {
+			fault("export %q: exists twice", e.Name)
+		}
+		seen[e.Name] = true
+	}
+	if o.ConnectionsMax < 1 {
+		fault("ConnectionsMax %d is not positive", o.ConnectionsMax)
+	}
+	if o.RequestsMax < 1 {
+		fault("RequestsMax %d is not positive", o.RequestsMax)
+	}
+	if p := o.PayloadBytesMax; p < 64<<10 || p > 1<<30 || p&(p-1) != 0 {
+		fault("PayloadBytesMax %d is not a power of two from 64 KiB to 1 GiB", p)
+	}
+	if o.HandshakeTimeout < 0 {
+		fault("HandshakeTimeout %v is negative", o.HandshakeTimeout)
+	}
+	return errors.Join(faults...)
+}
+
+// checkString checks s against the document's rules for strings.
+func checkString(s string) error {
+	if len(s) > stringBytesMax {
+		return fmt.Errorf("longer than %d bytes", stringBytesMax)
+	}
+	if !utf8.ValidString(s) || strings.IndexByte(s, 0) >= 0 {
+		return fmt.Errorf("%.64q is not UTF-8 without NUL", s)
+	}
+	return nil
+}
+
+// An EventKind says what happened.
+type EventKind int
+
+const (
+	EventOpen          EventKind = iota + 1 // a handshake has ended with an export
+	EventClose                              // a connection has ended; Err tells why, nil is in good order
+	EventRefused                            // a connection was not let in
+	EventRequestFailed                      // the backend failed a request with Err
+	EventAcceptFailing                      // accepting fails for now, with Err; it is tried again
+)
+
+// An Event is what [Options.Log] is told. Fields that do not apply are zero.
+type Event struct {
+	Kind   EventKind
+	Conn   uint64 // number of the connection, from 1
+	Remote string // address of the client; often empty for a unix socket
+	Export string
+	Err    error
+
+	// Of EventRequestFailed.
+	Command Command
+	Offset  uint64
+	Length  uint32
+}
+
+// A Server serves exports to any number of connections, from any number of
+// listeners. All methods may be called concurrently.
+type Server struct {
+	opts    Options            // immutable
+	exports map[string]*Export // immutable; points into opts.Exports
+
+	counters counters
+
+	mu struct {
+		sync.Mutex
+		stopping  bool
+		listeners map[net.Listener]struct{}
+		conns     map[*conn]struct{}
+		connID    uint64
+	}
+	stopping chan struct{} // closed when mu.stopping is set
+	idle     chan struct{} // closed when, after that, mu.conns is empty
+}
+
+// NewServer returns a server for opts. It starts nothing.
+func NewServer(opts Options) (*Server, error) {
+	if err := opts.Validate(); err != nil {
+		return nil, err
+	}
+	s := &Server{
+		opts:     opts.withDefaults(),
+		exports:  make(map[string]*Export),
+		stopping: make(chan struct{}),
+		idle:     make(chan struct{}),
+	}
+	s.opts.Exports = append([]Export(nil), opts.Exports...)
+	for i := range s.opts.Exports {
+		s.exports[s.opts.Exports[i].Name] = &s.opts.Exports[i]
+	}
+	s.mu.listeners = make(map[net.Listener]struct{})
+	s.mu.conns = make(map[*conn]struct{})
+	return s, nil
+}
+
+// Serve accepts connections from l and serves them until Shutdown or Close, and
+// then returns [ErrServerClosed]; or until accepting fails for good. It owns l
+// and has closed it when it returns; connections may outlive it.
+func (s *Server) Serve(l net.Listener) error {
+	defer l.Close()
+	s.mu.Lock()
+	if s.mu.stopping {
+		s.mu.Unlock()
+		return ErrServerClosed
+	}
+	s.mu.listeners[l] = struct{}{}
+	s.mu.Unlock()
+	defer func() {
+		s.mu.Lock()
+		delete(s.mu.listeners, l)
+		s.mu.Unlock()
+	}()
+
+	const delayMin, delayMax = 5 * time.Millisecond, time.Second
+	delay := delayMin
+	for {
+		nc, err := l.Accept()
+		if err == nil {
+			delay = delayMin
+			s.start(nc)
+			continue
+		}
+		select {
+		case <-s.stopping:
+			return ErrServerClosed
+		default:
+		}
+		if !acceptAgain(err) {
+			return fmt.Errorf("nbd: accept: %w", err)
+		}
+		s.log(Event{Kind: EventAcceptFailing, Err: err})
+		select {
+		case <-time.After(delay):
+			delay = min(2*delay, delayMax)
+		case <-s.stopping:
+			return ErrServerClosed
+		}
+	}
+}
+
+// acceptAgain reports whether accepting may succeed later: the host is short of
+// something, or the client was gone before it was accepted.
+func acceptAgain(err error) bool {
+	for _, n := range []syscall.Errno{
+		syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR,
+	} {
+		if errors.Is(err, n) {
+			return true
+		}
+	}
+	return false
+}
+
+// start serves nc on a goroutine of its own, if there is room for it.
+func (s *Server) start(nc net.Conn) {
+	c := newConn(s, nc)
+	s.mu.Lock()
+	stopping, full := s.mu.stopping, len(s.mu.conns) >= s.opts.ConnectionsMax
+	if !stopping && !full {
+		s.mu.connID++
+		c.id = s.mu.connID
+		s.mu.conns[c] = struct{}{}
+	}
+	s.mu.Unlock()
+	if stopping || full {
+		if full {
+			s.counters.connectionsRefused.Add(1)
+			s.log(Event{Kind: EventRefused, Remote: remoteOf(nc), Err: errTooManyConnections})
+		}
+		nc.Close()
+		return
+	}
+	s.counters.connectionsTotal.Add(1)
+	go pprof.Do(c.ctx, pprof.Labels("nbd", "connection"), func(context.Context) {
+		s.ended(c, c.serve())
+	})
+}
+
+// ended forgets c.
+func (s *Server) ended(c *conn, err error) {
+	e := Event{Kind: EventClose, Conn: c.id, Remote: remoteOf(c.nc), Err: err}
+	if c.export != nil {
+		e.Export = c.export.Name
+	}
+	s.log(e)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	delete(s.mu.conns, c)
+	if s.mu.stopping && len(s.mu.conns) == 0 {
+		close(s.idle)
+	}
+}
+
+// stop closes the listeners and, in good order, the connections.
+func (s *Server) stop() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.mu.stopping {
+		return
+	}
+	s.mu.stopping = true
+	close(s.stopping)
+	for l := range s.mu.listeners {
+		l.Close()
+	}
+	for c := range s.mu.conns {
+		c.in.stop()
+	}
+	if len(s.mu.conns) == 0 {
+		close(s.idle)
+	}
+}
+
+// Shutdown ends the server in good order: it accepts no connection and reads no
+// request any more, lets those in flight finish and be answered, and closes the
+// connections. When ctx ends before that it does what Close does, and returns
+// the error of ctx. It does not flush any backend.
+func (s *Server) Shutdown(ctx context.Context) error {
+	s.stop()
+	select {
+	case <-s.idle:
+		return nil
+	case <-ctx.Done():
+		s.Close()
+		return ctx.Err()
+	}
+}
+
+// Close ends the server at once: connections are closed and the contexts of the
+// requests in flight are cancelled. It returns when no connection uses a backend
+// any more. The error is always nil.
+func (s *Server) Close() error {
+	s.stop()
+	s.mu.Lock()
+	for c := range s.mu.conns {
+		c.fail(ErrServerClosed)
+	}
+	s.mu.Unlock()
+	<-s.idle
+	return nil
+}
+
+func (s *Server) log(e Event) {
+	if s.opts.Log != nil {
+		s.opts.Log(e)
+	}
+}
+
+// remoteOf is the address of nc's client, empty if it has none.
+func remoteOf(nc net.Conn) string {
+	if a := nc.RemoteAddr(); a != nil && a.String() != "@" {
+		return a.String()
+	}
+	return ""
+}

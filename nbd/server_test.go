@@ -1,0 +1,742 @@
+package nbd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// A gate is passed by one call for each token; entered has one for each that arrived.
+type gate struct{ entered, tokens chan struct{} }
+
+func newGate() gate { return gate{make(chan struct{}, 1000), make(chan struct{}, 1000)} }
+
+func (g gate) wait(ctx context.Context) error {
+	g.entered <- struct{}{}
+	select {
+	case <-g.tokens:
+		return nil
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+}
+
+func (g gate) open(n int) {
+	for range n {
+		g.tokens <- struct{}{}
+	}
+}
+
+func TestAnswersOutOfOrder(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onRead = func(ctx context.Context, off uint64) error {
+		if off == 0 {
+			return g.wait(ctx)
+		}
+		return nil
+	}
+	s := serveDisk(t, d)
+	rc := s.rawGo()
+	rc.request(CmdRead, 1, 0, 4096)
+	<-g.entered
+	for i := uint64(2); i < 20; i++ {
+		rc.request(CmdRead, i, 4096, 512)
+		if e, cookie := rc.reply(); e != 0 || cookie != i {
+			t.Fatalf("got %v for %d, want the answer to %d", e, cookie, i)
+		}
+		rc.get(512)
+	}
+	g.open(1)
+	if e, cookie := rc.reply(); e != 0 || cookie != 1 {
+		t.Fatalf("got %v for %d, want the answer to 1", e, cookie)
+	}
+	rc.get(4096)
+}
+
+// A FLUSH waits for none that is in flight, and covers all that was answered,
+// on every connection.
+func TestFlushCoversTheAnswered(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onCommit = func(ctx context.Context, off uint64) error {
+		if off == 8192 {
+			return g.wait(ctx)
+		}
+		return nil
+	}
+	s := serveDisk(t, d)
+	a, b := s.dial(""), s.dial("")
+	want := pattern(4096, 1)
+	if err := a.WriteAt(t.Context(), want, 4096, false); err != nil {
+		t.Fatal(err)
+	}
+	var slow sync.WaitGroup
+	slow.Go(func() {
+		if err := a.WriteAt(t.Context(), want, 8192, false); err != nil {
+			t.Error(err)
+		}
+	})
+	<-g.entered
+	for _, c := range []*Client{b, a} {
+		if err := c.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	d.mu.Lock()
+	mustEqual(t, "durable after FLUSH", d.durable[:12288], append(append(make([]byte, 4096), want...), make([]byte, 4096)...))
+	d.mu.Unlock()
+	g.open(1)
+	slow.Wait()
+
+	if err := a.WriteAt(t.Context(), want, 16384, true); err != nil {
+		t.Fatal(err)
+	}
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	mustEqual(t, "durable after FUA", d.durable[16384:20480], want)
+}
+
+func TestBackendErrors(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	var answer atomic.Pointer[error]
+	say := func(err error) { answer.Store(&err) }
+	d.onRead = func(context.Context, uint64) error { return *answer.Load() }
+	d.onPrepare = d.onRead
+	d.onFlush = func(context.Context) error { return *answer.Load() }
+	d.onZero = func(ZeroFlags) error { return *answer.Load() }
+	var failed atomic.Int64
+	s := serve(t, Options{
+		Exports: []Export{{Backend: d}},
+		Log: func(e Event) {
+			if e.Kind == EventRequestFailed && e.Err == nil {
+				t.Errorf("%+v", e)
+			} else if e.Kind == EventRequestFailed {
+				failed.Add(1)
+			}
+		},
+	})
+	c := s.dial("")
+	p := make([]byte, 100<<10)
+	for _, tc := range []struct {
+		err  error
+		want Errno
+	}{
+		{fmt.Errorf("device: full: %w", syscall.ENOSPC), ENOSPC},
+		{ErrNoSpace, ENOSPC}, {ErrReadOnly, EPERM}, {ErrShutdown, ESHUTDOWN}, {context.Canceled, ESHUTDOWN},
+		{errors.New("anything"), EIO}, {syscall.ENOENT, EIO}, {syscall.ENOMEM, ENOMEM}, {syscall.EDQUOT, ENOSPC},
+		{syscall.EROFS, EPERM}, {EINVAL, EINVAL}, {EOVERFLOW, EOVERFLOW}, {Errno(9999), EIO},
+		{context.DeadlineExceeded, EIO},
+	} {
+		say(tc.err)
+		for verb, got := range map[string]error{
+			"read":  c.ReadAt(t.Context(), p, 0),
+			"write": c.WriteAt(t.Context(), p, 0, false), // its payload is consumed
+			"flush": c.Flush(t.Context()),
+			"zero":  c.WriteZeroes(t.Context(), 0, 10, ZeroFlags{}),
+		} {
+			if got != tc.want {
+				t.Errorf("%s, backend says %v: got %v, want %v", verb, tc.err, got, tc.want)
+			}
+		}
+	}
+	logged := failed.Load()
+	if logged != 4*14 {
+		t.Errorf("%d failures logged", logged)
+	}
+	say(ErrNotSupported)
+	if got := c.WriteZeroes(t.Context(), 0, 10, ZeroFlags{FastZero: true}); got != ENOTSUP {
+		t.Errorf("FAST_ZERO: %v", got)
+	}
+	if got := c.WriteZeroes(t.Context(), 0, 10, ZeroFlags{}); got != EINVAL {
+		t.Errorf("ENOTSUP without FAST_ZERO came as %v", got)
+	}
+	if failed.Load() != logged+1 {
+		t.Error("a FAST_ZERO that cannot be fast is no failure to log")
+	}
+	say(nil)
+	if got := c.ReadAt(t.Context(), p, 0); got != nil {
+		t.Error(got)
+	}
+	m := s.Metrics()
+	if m.Errors[ENOTSUP] != 1 || m.Errors[ENOSPC] != 4*3 || m.Read.Errors != 14 || m.Read.Requests != 15 || m.Read.Bytes != uint64(len(p)) {
+		t.Errorf("metrics: %+v", m)
+	}
+}
+
+// Flags and ranges must reach the backend unchanged.
+func TestVerbsReachTheBackend(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	zero := make(chan ZeroFlags, 1)
+	d.onZero = func(f ZeroFlags) error { zero <- f; return nil }
+	trims := make(chan string, 2)
+	d.onTrim = func(off, n uint64, fua bool) error { trims <- fmt.Sprint(off, n, fua); return nil }
+	c := serveDisk(t, d).dial("")
+	for _, f := range []ZeroFlags{{}, {FUA: true}, {NoHole: true}, {FastZero: true}, {true, true, true}} {
+		if err := c.WriteZeroes(t.Context(), 5, 7, f); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-zero; got != f {
+			t.Errorf("%+v arrived as %+v", f, got)
+		}
+	}
+	for _, want := range []string{"1 1048575 false", "4096 1 true"} {
+		var off, n uint64
+		var fua bool
+		fmt.Sscan(want, &off, &n, &fua)
+		if err := c.Trim(t.Context(), off, n, fua); err != nil {
+			t.Fatal(err)
+		}
+		if got := <-trims; got != want {
+			t.Errorf("trim %s arrived as %s", want, got)
+		}
+	}
+}
+
+// What is in flight when Shutdown is called is answered; what is sent later is not read.
+func TestShutdownAnswersWhatIsInFlight(t *testing.T) {
+	for _, network := range []string{"unix", "tcp"} {
+		t.Run(network, func(t *testing.T) {
+			d := newMemDisk(1 << 20)
+			g := newGate()
+			d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+			s := serveDisk(t, d)
+			rc := s.raw()
+			if network == "tcp" {
+				l, err := Listen("tcp:127.0.0.1:0")
+				if err != nil {
+					t.Skip(err)
+				}
+				served := make(chan error, 1)
+				go func() { served <- s.Serve(l) }()
+				defer func() { <-served }()
+				c, err := Dial(t.Context(), URIOf(l.Addr(), "").String())
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer c.Close()
+				g.open(1)
+				if err := c.ReadAt(t.Context(), make([]byte, 16), 0); err != nil {
+					t.Fatal(err)
+				}
+				<-g.entered
+			}
+			rc.get(18)
+			rc.put([]byte{0, 0, 0, 3})
+			rc.put(appendOption(nil, optExportName, nil))
+			rc.get(10)
+			handshaking := s.raw()
+			handshaking.get(18)
+
+			const n = 40
+			for i := range uint64(n) {
+				rc.request(CmdRead, i, i*4096, 4096)
+			}
+			for range n {
+				<-g.entered
+			}
+			down := make(chan error, 1)
+			go func() { down <- s.Shutdown(t.Context()) }()
+			<-s.stopping
+			handshaking.eof()
+			rc.request(CmdRead, 1000, 0, 4096) // too late
+			g.open(n)
+			seen := map[uint64]bool{}
+			for range n {
+				e, cookie := rc.reply()
+				if e != 0 || cookie >= n || seen[cookie] {
+					t.Fatalf("%v for %d", e, cookie)
+				}
+				seen[cookie] = true
+				rc.get(4096)
+			}
+			rc.eof()
+			rc.Close()
+			if err := <-down; err != nil {
+				t.Fatal(err)
+			}
+			if _, err := net.Dial("unix", s.path); err == nil {
+				t.Error("still listening after Shutdown")
+			}
+		})
+	}
+}
+
+// A WRITE whose header was read before Shutdown is received to its end and done.
+func TestShutdownReceivesThePayload(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	prepared := make(chan struct{}, 1)
+	d.onPrepare = func(context.Context, uint64) error { prepared <- struct{}{}; return nil }
+	s := serveDisk(t, d)
+	rc := s.rawGo()
+	p := pattern(200<<10, 5)
+	rc.put(header{cmd: CmdWrite, cookie: 7, n: uint32(len(p))}.appendTo(nil))
+	rc.put(p[:100<<10])
+	<-prepared
+	down := make(chan error, 1)
+	go func() { down <- s.Shutdown(t.Context()) }()
+	<-s.stopping
+	rc.put(p[100<<10:])
+	if e, cookie := rc.reply(); e != 0 || cookie != 7 {
+		t.Fatal(e, cookie)
+	}
+	rc.eof()
+	rc.Close()
+	if err := <-down; err != nil {
+		t.Fatal(err)
+	}
+	mustEqual(t, "written", d.data[:len(p)], p)
+}
+
+func TestShutdownGivesUp(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate() // never opened
+	d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+	s := serveDisk(t, d)
+	rc := s.rawGo()
+	rc.request(CmdRead, 1, 0, 4096)
+	<-g.entered
+	ctx, cancel := context.WithCancel(t.Context())
+	go func() { <-s.stopping; cancel() }()
+	if err := s.Shutdown(ctx); !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	rc.eof()
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal("again:", err)
+	}
+	if l, err := Listen("unix:" + s.path + "2"); err != nil || s.Serve(l) != ErrServerClosed {
+		t.Error("Serve after Close")
+	}
+}
+
+// The requests in flight and their bytes stay bounded when a client does not
+// read its replies, another one is served meanwhile, and all come in the end.
+func TestSlowReaderHoldsBoundedMemory(t *testing.T) {
+	const requestsMax, bytesMax, payload = 8, 1 << 20, 256 << 10
+	for _, tc := range []struct {
+		name  string
+		bytes uint64
+		n     uint32
+		want  int64 // bytes that the backend may have handed out
+	}{
+		{"bytes", bytesMax, payload, bytesMax},
+		{"requests", 1 << 40, payload, requestsMax * payload},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			d := newMemDisk(1 << 20)
+			s := serve(t, Options{Exports: []Export{{Backend: d}}, RequestsMax: requestsMax, BytesMax: tc.bytes})
+			rc := s.rawGo()
+			const n = 200
+			sent := make(chan struct{})
+			go func() {
+				defer close(sent)
+				for i := range uint64(n) {
+					rc.Write(header{cmd: CmdRead, cookie: i, n: tc.n}.appendTo(nil))
+				}
+			}()
+			eventually(t, "the connection is full", func() bool {
+				return d.payloadBytes.Load() >= tc.want
+			})
+			other := s.dial("")
+			for range 10 {
+				if err := other.ReadAt(t.Context(), make([]byte, 4096), 0); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if got := s.Metrics().RequestsInFlight; got > requestsMax {
+				t.Errorf("%d requests in flight, limit %d", got, requestsMax)
+			}
+			<-sent
+			for range n {
+				rc.reply()
+				rc.get(int(tc.n))
+			}
+			// The other client's reads count too; a client has a reply a little
+			// before its memory is given back.
+			if got := d.payloadBytesMost.Load(); got < tc.want || got > tc.want+10*4096 {
+				t.Errorf("up to %d bytes handed out, limit %d", got, tc.want)
+			}
+		})
+	}
+}
+
+// A write that waits for memory stops its own connection and no other.
+func TestPrepareWriteBlocksItsConnectionOnly(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onPrepare = func(ctx context.Context, off uint64) error {
+		if off == 0 {
+			return g.wait(ctx)
+		}
+		return nil
+	}
+	s := serveDisk(t, d)
+	a, b := s.dial(""), s.dial("")
+	done := make(chan error, 1)
+	go func() { done <- a.WriteAt(t.Context(), pattern(4096, 3), 0, false) }()
+	<-g.entered
+	if err := b.WriteAt(t.Context(), pattern(4096, 4), 4096, false); err != nil {
+		t.Fatal(err)
+	}
+	g.open(1)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The death of a connection cancels what it asked for and gives all memory back.
+func TestDeathCancelsAndReleases(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate() // never opened
+	d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+	d.onCommit = d.onRead
+	var closed atomic.Int64
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, Log: func(e Event) {
+		if e.Kind == EventClose && e.Err != nil {
+			closed.Add(1)
+		}
+	}})
+	rc := s.rawGo()
+	for i := range uint64(5) {
+		rc.request(CmdRead, i, 0, 4096)
+	}
+	for i := range uint64(5) {
+		rc.put(append(header{cmd: CmdWrite, cookie: 10 + i, n: 8192}.appendTo(nil), pattern(8192, 1)...))
+	}
+	for range 10 {
+		<-g.entered
+	}
+	rc.put(append(header{cmd: CmdWrite, cookie: 20, n: 8192}.appendTo(nil), pattern(8191, 1)...))
+	rc.Close()
+	eventually(t, "the connection is gone", func() bool { return s.Metrics().Connections == 0 })
+	if n := d.aborts.Load(); n != 1 {
+		t.Errorf("%d writes aborted, want the one that was half sent", n)
+	}
+	if closed.Load() != 1 {
+		t.Errorf("%d deaths logged", closed.Load())
+	}
+	d.idle(t)
+}
+
+// DISC is no death: what was asked before it is done and answered.
+func TestDiscAnswersWhatIsInFlight(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, Log: func(e Event) {
+		if e.Kind == EventClose && e.Err != nil {
+			t.Errorf("closed with %v", e.Err)
+		}
+	}})
+	rc := s.rawGo()
+	rc.request(CmdRead, 1, 0, 10)
+	rc.request(CmdDisc, 0, 0, 0)
+	<-g.entered
+	g.open(1)
+	if e, cookie := rc.reply(); e != 0 || cookie != 1 {
+		t.Fatal(e, cookie)
+	}
+	rc.get(10)
+	rc.eof()
+	eventually(t, "the connection is gone", func() bool { return s.Metrics().Connections == 0 })
+}
+
+// Clients that send rubbish, or stop anywhere, hurt nobody: a good one works on.
+func TestAbusiveClients(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	s := serve(t, Options{Exports: []Export{{Backend: d}}})
+	r := testRand(t)
+	goName := appendOption([]byte{0, 0, 0, 3}, optExportName, nil)
+	write := append(header{cmd: CmdWrite, off: 4096, n: 70000}.appendTo(nil), pattern(70000, 9)...)
+	huge := append([]byte{0, 0, 0, 3}, appendOption(nil, 99, nil)...)
+	copy(huge[len(huge)-4:], []byte{0, 0x10, 0, 0}) // 1 MiB, that never comes
+	streams := map[string][]byte{
+		"nothing":             nil,
+		"a web browser":       []byte("GET / HTTP/1.1\r\nHost: nbd\r\n\r\n"),
+		"options without end": []byte(strings.Repeat(string(appendOption(nil, 77, nil)), 4*optionsMax)),
+		"a huge option":       huge,
+		"a half write":        append(append([]byte(nil), goName...), write[:50000]...),
+		"writes":              append(append(append([]byte(nil), goName...), write...), write...),
+		"refused requests": append(append([]byte(nil), goName...),
+			strings.Repeat(string(header{cmd: 99}.appendTo(nil)), 5000)...),
+		"reads not taken": append(append([]byte(nil), goName...),
+			strings.Repeat(string(header{cmd: CmdRead, n: 1 << 20}.appendTo(nil)), 500)...),
+	}
+	streams["options without end"] = append([]byte{0, 0, 0, 3}, streams["options without end"]...)
+
+	good := s.dial("")
+	var group sync.WaitGroup
+	stop := make(chan struct{})
+	group.Go(func() {
+		p, q := pattern(20000, 7), make([]byte, 20000)
+		for {
+			select {
+			case <-stop:
+				return
+			default:
+			}
+			if err := errors.Join(good.WriteAt(t.Context(), p, 500000, false), good.ReadAt(t.Context(), q, 500000)); err != nil {
+				t.Errorf("the good client: %v", err)
+				return
+			}
+			mustEqual(t, "the good client's data", q, p)
+		}
+	})
+	for round := range 10 * testScale(t) {
+		for name, stream := range streams {
+			cut := len(stream)
+			if round > 0 && cut > 0 {
+				cut = r.IntN(cut)
+			}
+			rc := s.raw()
+			if name != "reads not taken" {
+				go io.Copy(io.Discard, rc)
+			}
+			rc.SetDeadline(time.Now().Add(time.Second))
+			rc.Write(stream[:cut]) // may be cut off, or not be taken
+			rc.Close()
+		}
+	}
+	close(stop)
+	group.Wait()
+	eventually(t, "the abusive are gone", func() bool { return s.Metrics().Connections == 1 })
+	d.idle(t)
+
+	// Rubbish in good form is answered, all of it.
+	rc := s.rawGo()
+	before := s.Metrics().Unknown.Errors
+	go rc.Write([]byte(strings.Repeat(string(header{cmd: 99, cookie: 4}.appendTo(nil)), 5000)))
+	for range 5000 {
+		if e, cookie := rc.reply(); e != EINVAL || cookie != 4 {
+			t.Fatal(e, cookie)
+		}
+	}
+	if got := s.Metrics().Unknown.Errors - before; got != 5000 {
+		t.Errorf("%d refused requests counted", got)
+	}
+}
+
+func TestConnectionsMax(t *testing.T) {
+	s := serve(t, Options{Exports: []Export{{Backend: newMemDisk(4096)}}, ConnectionsMax: 2})
+	a, _ := s.dial(""), s.dial("")
+	s.raw().eof()
+	if m := s.Metrics(); m.ConnectionsRefused != 1 || m.Connections != 2 || m.ConnectionsTotal != 2 {
+		t.Errorf("%+v", m)
+	}
+	if err := a.Disconnect(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "there is room", func() bool { return s.Metrics().Connections == 1 })
+	s.dial("")
+}
+
+// A pipeListener accepts connections that live in memory, under a fake clock.
+type pipeListener struct {
+	conns  chan net.Conn
+	closed chan struct{}
+	once   sync.Once
+}
+
+func newPipeListener() *pipeListener {
+	return &pipeListener{conns: make(chan net.Conn), closed: make(chan struct{})}
+}
+
+func (l *pipeListener) Accept() (net.Conn, error) {
+	select {
+	case c := <-l.conns:
+		return c, nil
+	case <-l.closed:
+		return nil, net.ErrClosed
+	}
+}
+
+func (l *pipeListener) Close() error   { l.once.Do(func() { close(l.closed) }); return nil }
+func (l *pipeListener) Addr() net.Addr { return &net.UnixAddr{} }
+
+func (l *pipeListener) dial() net.Conn {
+	a, b := net.Pipe()
+	l.conns <- a
+	return b
+}
+
+// timedEnd is how long, on the fake clock, after send the server hangs up.
+func timedEnd(t *testing.T, opts Options, send func(nc net.Conn)) (after time.Duration) {
+	synctest.Test(t, func(t *testing.T) {
+		opts.Exports = []Export{{Backend: newMemDisk(1 << 20)}}
+		s, err := NewServer(opts)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newPipeListener()
+		go s.Serve(l)
+		defer s.Close()
+		nc := l.dial()
+		defer nc.Close()
+		io.ReadFull(nc, make([]byte, 18))
+		begin := time.Now()
+		send(nc)
+		for err == nil {
+			nc.SetDeadline(time.Now().Add(time.Hour))
+			_, err = nc.Read(make([]byte, 1))
+		}
+		after = time.Since(begin)
+	})
+	return after
+}
+
+func TestTimeouts(t *testing.T) {
+	opts := Options{HandshakeTimeout: 10 * time.Second, StallTimeout: time.Minute}
+	hello := func(nc net.Conn) {
+		nc.Write(appendOption([]byte{0, 0, 0, 3}, optExportName, nil))
+		io.ReadFull(nc, make([]byte, 10))
+	}
+	for _, tc := range []struct {
+		name string
+		send func(nc net.Conn)
+		want time.Duration
+	}{
+		{"silent handshake", func(net.Conn) {}, 10 * time.Second},
+		{"slow handshake", func(nc net.Conn) {
+			for _, b := range append([]byte{0, 0, 0, 3}, "IHAVEOPT\x00"...) {
+				if _, err := nc.Write([]byte{b}); err != nil {
+					return
+				}
+				time.Sleep(900 * time.Millisecond) // of the fake clock
+			}
+		}, 12 * 900 * time.Millisecond}, // the first write after the end
+		{"half a header", func(nc net.Conn) { hello(nc); nc.Write(header{}.appendTo(nil)[:20]) }, time.Minute},
+		{"half a payload", func(nc net.Conn) {
+			hello(nc)
+			nc.Write(header{cmd: CmdWrite, n: 100000}.appendTo(nil))
+			for range 3 { // slow is not stalled
+				nc.Write(make([]byte, 1000))
+				time.Sleep(50 * time.Second)
+			}
+		}, 2*50*time.Second + time.Minute},
+		{"a reply not read", func(nc net.Conn) {
+			hello(nc)
+			nc.Write(header{cmd: CmdRead, n: 10}.appendTo(nil))
+			time.Sleep(10 * time.Minute)
+		}, 10 * time.Minute}, // by then it is closed: the read ends at once
+		{"idle", func(nc net.Conn) { hello(nc); time.Sleep(24 * time.Hour) }, 25 * time.Hour}, // the test's own hour
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			if got := timedEnd(t, opts, tc.send); got != tc.want {
+				t.Errorf("hung up after %v, want %v", got, tc.want)
+			}
+		})
+	}
+}
+
+// failingListener fails twice for want of descriptors, and then for good.
+type failingListener struct {
+	net.Listener
+	n int
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if l.n++; l.n <= 2 {
+		return nil, &net.OpError{Op: "accept", Err: os.NewSyscallError("accept4", syscall.EMFILE)}
+	}
+	return nil, syscall.EBADF
+}
+
+func (l *failingListener) Close() error { return nil }
+
+func TestServeSurvivesAcceptErrors(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		events := 0
+		s, err := NewServer(Options{
+			Exports: []Export{{Backend: newMemDisk(1)}},
+			Log: func(e Event) {
+				if e.Kind == EventAcceptFailing && errors.Is(e.Err, syscall.EMFILE) {
+					events++
+				}
+			},
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		begin := time.Now()
+		if err := s.Serve(&failingListener{}); !errors.Is(err, syscall.EBADF) {
+			t.Errorf("Serve: %v", err)
+		}
+		if events != 2 || time.Since(begin) != 15*time.Millisecond {
+			t.Errorf("%d events in %v", events, time.Since(begin))
+		}
+		s.Close()
+	})
+}
+
+func TestOptionsValidate(t *testing.T) {
+	d := newMemDisk(1)
+	err := Options{
+		Exports:         []Export{{Name: "a", Backend: d}, {Name: "a", Backend: d}, {Name: "b\x00"}, {Description: "\xff", Backend: d}},
+		ConnectionsMax:  -1,
+		RequestsMax:     -1,
+		PayloadBytesMax: 100000,
+	}.Validate()
+	if err == nil {
+		t.Fatal("no fault found")
+	}
+	for _, want := range []string{"exists twice", "name: ", "description: ", "no backend", "ConnectionsMax", "RequestsMax", "PayloadBytesMax"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not among the faults:\n%v", want, err)
+		}
+	}
+	if err := (Options{Exports: []Export{{Backend: d}}}).Validate(); err != nil {
+		t.Error(err)
+	}
+	if _, err := NewServer(Options{}); err == nil {
+		t.Error("a server of nothing")
+	}
+}
+
+// One server serves several listeners, of both kinds, at once.
+func TestManyListeners(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	s := serveDisk(t, d)
+	uris := []string{s.uri("")}
+	served := make(chan error, 2)
+	for _, spec := range []string{"tcp:127.0.0.1:0", "unix:" + filepath.Join(filepath.Dir(s.path), "t")} {
+		l, err := Listen(spec)
+		if err != nil {
+			t.Fatal(err)
+		}
+		uris = append(uris, URIOf(l.Addr(), "").String())
+		go func() { served <- s.Serve(l) }()
+	}
+	for i, uri := range uris {
+		c, err := Dial(t.Context(), uri)
+		if err != nil {
+			t.Fatal(uri, err)
+		}
+		defer c.Close()
+		p := pattern(300000, byte(i))
+		q := make([]byte, len(p))
+		if err := errors.Join(c.WriteAt(t.Context(), p, 77, false), c.ReadAt(t.Context(), q, 77)); err != nil {
+			t.Fatal(uri, err)
+		}
+		mustEqual(t, uri, q, p)
+	}
+	if err := s.Shutdown(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if err := <-served; err != ErrServerClosed {
+			t.Error(err)
+		}
+	}
+}

@@ -1,0 +1,194 @@
+package store
+
+import (
+	"fmt"
+
+	"cnbd/extents"
+)
+
+// A snapshot is the state of one commit, about to be merged into the tree.
+type snapshot struct {
+	epoch   uint64
+	replay  position // behind the commit's record
+	overlay *extents.Overlay
+}
+
+// takeSnapshot makes the commit just appended the one of a checkpoint, unless
+// one is still running. REQUIRES: s.log.mu held, and called by the ordered side,
+// so that nothing is entered in the overlay between the record and this.
+func (s *Store) takeSnapshot(epoch uint64) *snapshot {
+	s.progress.Lock()
+	defer s.progress.Unlock()
+	if s.progress.running {
+		return nil
+	}
+	s.progress.running = true
+	s.snapshot.Store(false)
+	l := s.log
+	l.mu.since, l.mu.records = 0, 0
+	snap := &snapshot{epoch: epoch, replay: position{l.mu.head.number, l.mu.end, l.mu.head.serial}}
+	s.mu.Lock()
+	snap.overlay = s.mu.open
+	s.mu.merging, s.mu.open = s.mu.open, extents.NewOverlay()
+	s.mu.Unlock()
+	return snap
+}
+
+// checkpoint makes a snapshot, whose commit is durable, the newest checkpoint.
+// It runs beside everything else, one at a time.
+func (s *Store) checkpoint(snap *snapshot) {
+	err := s.runCheckpoint(snap)
+	if err != nil {
+		s.fail(fmt.Errorf("store: checkpoint of epoch %d: %w", snap.epoch, err))
+	}
+	s.progress.Lock()
+	s.progress.running = false
+	s.progress.cond.Broadcast()
+	s.progress.Unlock()
+}
+
+func (s *Store) runCheckpoint(snap *snapshot) error {
+	s.mu.RLock()
+	root, trims, sequence := s.mu.root, s.mu.trims, s.mu.sequence
+	s.mu.RUnlock()
+
+	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, accounting{s.segments})
+	if err != nil {
+		return err
+	}
+	sb := &superblock{Geometry: s.geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root}
+	s.segments.markEmpty(sb.sequence, snap.replay.serial)
+	epoch := s.nodes.epoch
+	if sb.usage, sb.segments, err = s.appendUsage(&epoch); err != nil {
+		return err
+	}
+	if trims.Len() > 0 {
+		if sb.trims, epoch, err = s.log.append(recordTrims, trims.Append(nil)); err != nil {
+			return err
+		}
+	}
+	// Invariant 3: a commit closes the epoch of the last of these records and is
+	// durable, before the superblock leads to them.
+	if err := s.waitDurable(epoch); err != nil {
+		return err
+	}
+	if err := s.writeSuperblock(sb); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.mu.root, s.mu.trims, s.mu.sequence = root, trims, sb.sequence
+	s.mu.merging = nil
+	s.entries.Store(s.overlayLenLocked())
+	s.mu.Unlock()
+	s.metrics.checkpoints.Add(1)
+
+	s.segments.release(sb.sequence)
+	if err := s.segments.chill(s.file, warmSegments+reserveSegments+uint32(s.reserved.Load()*blockWorst/int64(s.segments.size))); err != nil {
+		return err
+	}
+	s.progress.Lock()
+	s.progress.sequence = sb.sequence
+	s.progress.cond.Broadcast()
+	s.progress.Unlock()
+	return nil
+}
+
+// appendUsage appends the segment table.
+func (s *Store) appendUsage(epoch *uint64) (last blobRef, entries uint64, err error) {
+	b := make([]byte, usageHead, usageHead+usageBatch*usageEntry)
+	n := 0
+	flush := func() {
+		if err != nil || n == 0 {
+			return
+		}
+		putBlobRef(b, last)
+		b[16], b[17] = byte(n), byte(n>>8)
+		last, *epoch, err = s.log.append(recordUsage, b)
+		b, n = b[:usageHead], 0
+	}
+	// A copy first: append may take a segment, under the lock that visit holds.
+	type entry struct {
+		n uint32
+		s segment
+	}
+	var all []entry
+	s.segments.visit(func(n uint32, g segment) {
+		if g.serial != 0 {
+			all = append(all, entry{n, g})
+		}
+	})
+	for _, e := range all {
+		var x [usageEntry]byte
+		putUsageEntry(x[:], e.n, &e.s)
+		b = append(b, x[:]...)
+		if n++; n == usageBatch {
+			flush()
+		}
+	}
+	flush()
+	return last, uint64(len(all)), err
+}
+
+// waitDurable blocks until epoch is durable, and sees to it that it will be.
+func (s *Store) waitDurable(epoch uint64) error {
+	s.progress.Lock()
+	defer s.progress.Unlock()
+	for s.progress.durable < epoch {
+		if err := s.Err(); err != nil {
+			return err
+		}
+		s.opts.NeedCommit()
+		s.progress.cond.Wait()
+	}
+	return nil
+}
+
+// writeSuperblock writes the slot that does not hold the newest checkpoint.
+func (s *Store) writeSuperblock(sb *superblock) error {
+	if _, err := s.file.WriteAt(sb.encode(), int64(sb.sequence%2)*superblockStride); err != nil {
+		return fmt.Errorf("write superblock: %w", err)
+	}
+	return s.sync()
+}
+
+// Checkpoint takes a checkpoint of a commit made from now on and returns when it
+// is durable. The caller, or another goroutine by way of NeedCommit, commits.
+func (s *Store) Checkpoint() error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	s.progress.Lock()
+	defer s.progress.Unlock()
+	// One that runs now may be of an earlier commit.
+	for s.progress.running && s.Err() == nil {
+		s.opts.NeedCommit()
+		s.progress.cond.Wait()
+	}
+	want := s.progress.sequence + 1
+	s.snapshot.Store(true)
+	for s.progress.sequence < want || s.progress.running {
+		if err := s.Err(); err != nil {
+			return err
+		}
+		s.opts.NeedCommit()
+		s.progress.cond.Wait()
+	}
+	return s.Err()
+}
+
+// accounting is the tree's view of the segment table.
+type accounting struct{ t *segments }
+
+// Extent implements extents.Usage.
+func (a accounting) Extent(e extents.Extent, delta int) {
+	a.t.account(e.Addr.Segment, int64(delta)*int64(e.Count), int64(delta)*int64(e.LiveBytes()))
+}
+
+// Node implements extents.Usage.
+func (a accounting) Node(p extents.Pointer, delta int) {
+	for _, at := range p.Places[:p.Copies] {
+		a.t.account(at.Segment, int64(delta), int64(delta)*int64(p.Length))
+	}
+}
+
+var _ extents.Usage = accounting{}

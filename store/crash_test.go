@@ -1,0 +1,329 @@
+package store
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"testing"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/internal/disk"
+	"cnbd/internal/disktest"
+)
+
+// A crashRun is a store on a recording disk, driven by one goroutine with raw
+// blobs and holes, beside a model. Commits are marked with the operation number
+// of the disk at which they were known to be durable.
+type crashRun struct {
+	t       *testing.T
+	rng     *rand.Rand
+	disk    *disktest.Disk
+	store   *Store
+	model   *disktest.Model
+	durable []durableMark
+	geo     Geometry
+}
+
+// A durableMark says that from operation op on, commit point point is durable.
+type durableMark struct {
+	op    int64
+	point int
+}
+
+func testGeometry(blocks int, segments int) Geometry {
+	return Geometry{DeviceSize: uint64(blocks) * block.Size, Capacity: uint64(segments) * SegmentSizeMin,
+		SegmentSize: SegmentSizeMin, ExtentBlocks: 16}
+}
+
+func testOptions() Options {
+	return Options{CheckpointBytes: 96 << 10, MapCacheBytes: 64 << 10, TrimLeaves: 2}
+}
+
+// commit closes the epoch and makes it durable.
+func (r *crashRun) commit() error {
+	c, ok, err := r.store.AppendCommit()
+	if err != nil || !ok {
+		return err
+	}
+	point := r.model.Commit()
+	if err := r.store.Sync(c); err != nil {
+		return err
+	}
+	r.durable = append(r.durable, durableMark{r.disk.Ops(), point})
+	return nil
+}
+
+// step does one random thing.
+func (r *crashRun) step() error {
+	size := block.Count(r.geo.Blocks())
+	switch k := r.rng.IntN(20); {
+	case k < 13:
+		n := 1 + r.rng.IntN(16)
+		start := r.rng.IntN(int(size) - n + 1)
+		present := r.rng.Uint32() | r.rng.Uint32()
+		present &= 1<<n - 1
+		if present == 0 {
+			present = 1
+		}
+		b := extents.Blob{Start: block.Index(start), Count: uint8(n), Present: present}
+		for i := range n {
+			page := make([]byte, block.Size)
+			if present>>i&1 != 0 {
+				for j := 0; j < len(page); j += 8 {
+					page[j] = byte(r.rng.Uint32())
+					page[j+1] = byte(start + i)
+					page[j+2] = 1
+				}
+				b.Parts = append(b.Parts, page)
+			}
+			r.model.Write(page, int64(start+i)*block.Size)
+		}
+		return r.store.AppendData(b)
+	case k < 15:
+		n := 1 + r.rng.IntN(int(size)/2)
+		start := r.rng.IntN(int(size) - n + 1)
+		r.model.Zero(int64(start)*block.Size, int64(n)*block.Size)
+		return r.store.AppendHole(block.Span(block.Index(start), block.Count(n)))
+	case k < 16:
+		r.store.Kick()
+		return r.store.Err()
+	default:
+		return r.commit()
+	}
+}
+
+// contents reads the device through the store, one lookup for each window.
+type contents struct{ s *Store }
+
+func (c contents) ReadAt(p []byte, off int64) (int, error) {
+	v := c.s.View()
+	defer c.s.Unview(v)
+	r := block.Covering(uint64(off), uint64(len(p)))
+	ext, err := c.s.Lookup(r, nil)
+	if err != nil {
+		return 0, err
+	}
+	var all []byte
+	pos := r.Start
+	for _, e := range ext {
+		if e.Start != pos {
+			return 0, fmt.Errorf("lookup of %v: gap before %v", r, e.Range())
+		}
+		pos = e.Range().End
+		switch e.Kind {
+		case extents.Hole:
+			all = append(all, make([]byte, e.Count.Bytes())...)
+		case extents.Data:
+			blob := make([]byte, e.Addr.Length)
+			if err := c.s.ReadBlob(blob, e.Addr); err != nil {
+				return 0, err
+			}
+			all = append(all, blob[int(e.Skip)*block.Size:][:e.Count.Bytes()]...)
+		default:
+			return 0, fmt.Errorf("%v is lost", e.Range())
+		}
+	}
+	if pos != r.End {
+		return 0, fmt.Errorf("lookup of %v ends at %d", r, pos)
+	}
+	return copy(p, all[uint64(off)-r.Start.Bytes():]), nil
+}
+
+var _ io.ReaderAt = contents{}
+
+// verify opens what a power cut has left and finds the commit point that it
+// holds, which must not be older than what was durable before operation k.
+func (r *crashRun) verify(d disk.File, k int64, opts Options) (*Store, int, error) {
+	s, err := Open(d, opts)
+	if err != nil {
+		return nil, 0, fmt.Errorf("open: %w", err)
+	}
+	oldest := 0
+	for _, m := range r.durable {
+		if m.op <= k {
+			oldest = m.point
+		}
+	}
+	point, err := r.model.Find(contents{s}, oldest)
+	if err != nil {
+		s.Close()
+		return nil, 0, err
+	}
+	return s, point, nil
+}
+
+// TestPowerCutAtEveryOperation runs random histories once, and then, for each
+// operation of the disk, opens what a power cut during it would have left, for
+// several ways of losing unsynced writes. The store must hold exactly one commit
+// point, not older than the last one synced. Then the power goes again, at a
+// random operation of that recovery and of the commits after it.
+func TestPowerCutAtEveryOperation(t *testing.T) {
+	seed := disktest.Seed(t)
+	histories := 6 * disktest.Scale(t)
+	var points, checkpoints, reused int
+	for h := range histories {
+		r := &crashRun{t: t, rng: rand.New(rand.NewPCG(seed, uint64(h))), geo: testGeometry(96, 40)}
+		r.disk = disktest.New(seed+uint64(h), disktest.Options{SectorSize: []int{512, 4096}[h%2]})
+		if err := Format(r.disk, r.geo); err != nil {
+			t.Fatal(err)
+		}
+		r.disk.Record()
+		from := r.disk.Ops()
+		r.model = disktest.NewModel(int64(r.geo.DeviceSize))
+		r.model.Commit()
+		s, err := Open(r.disk, testOptions())
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.store = s
+		for i := range 120 {
+			if err := r.step(); err != nil {
+				t.Fatalf("history %d of seed %d, step %d: %v", h, seed, i, err)
+			}
+		}
+		if err := r.commit(); err != nil { // reads are of what has been written
+			t.Fatal(err)
+		}
+		if err := r.model.Check(contents{s}); err != nil {
+			t.Fatalf("history %d of seed %d: before any cut: %v", h, seed, err)
+		}
+		checkpoints += int(s.metrics.checkpoints.Load())
+		s.Close()
+		for k := from; k <= r.disk.Ops(); k++ {
+			for _, loss := range []disktest.Loss{disktest.LoseAll, disktest.KeepAll, disktest.Random(seed ^ uint64(k))} {
+				points++
+				d := r.disk.At(k, loss)
+				if err := r.cutAgain(d, k); err != nil {
+					t.Fatalf("history %d of seed %d, power cut at operation %d, %v: %v", h, seed, k, loss, err)
+				}
+			}
+		}
+	}
+	t.Logf("seed %d: %d histories, %d cuts, %d checkpoints, %d", seed, histories, points, checkpoints, reused)
+	if checkpoints == 0 {
+		t.Error("no history reached a checkpoint")
+	}
+}
+
+// cutAgain verifies what a cut has left, with the power going again at a random
+// operation while it is opened and used.
+func (r *crashRun) cutAgain(d *disktest.Disk, k int64) error {
+	again := d.Clone()
+	s, first, err := r.verify(d, k, testOptions())
+	if err != nil {
+		return err
+	}
+	ops := d.Ops()
+	s.Close()
+
+	again.CutAt(int64(r.rng.IntN(int(ops) + 1)))
+	s, _, err = r.verify(again, k, testOptions())
+	if err == nil {
+		s.Close()
+	} else if !errors.Is(err, disktest.ErrPowerCut) {
+		return fmt.Errorf("opened again until a cut: %w", err)
+	}
+	s, second, err := r.verify(again.Crash(disktest.Random(uint64(k))), k, testOptions())
+	if err != nil {
+		return fmt.Errorf("after a cut during recovery: %w", err)
+	}
+	defer s.Close()
+	// What the first opening showed was on the medium: the second must show it too.
+	if second != first {
+		return fmt.Errorf("recovered to commit point %d, and after a cut during recovery to %d", first, second)
+	}
+	// And it goes on from there.
+	if err := s.AppendHole(block.Span(0, 1)); err != nil {
+		return err
+	}
+	c, _, err := s.AppendCommit()
+	if err != nil {
+		return err
+	}
+	return s.Sync(c)
+}
+
+// TestReopen alternates histories and openings, clean and not.
+func TestReopen(t *testing.T) {
+	seed := disktest.Seed(t)
+	r := &crashRun{t: t, rng: rand.New(rand.NewPCG(seed, 1)), geo: testGeometry(200, 64)}
+	r.disk = disktest.New(seed, disktest.Options{})
+	if err := Format(r.disk, r.geo); err != nil {
+		t.Fatal(err)
+	}
+	r.model = disktest.NewModel(int64(r.geo.DeviceSize))
+	r.model.Commit()
+	for i := range 60 * disktest.Scale(t) {
+		s, err := Open(r.disk, testOptions())
+		if err != nil {
+			t.Fatalf("seed %d: opening %d: %v", seed, i, err)
+		}
+		r.store = s
+		if err := r.model.Check(contents{s}); err != nil {
+			t.Fatalf("seed %d: after opening %d: %v", seed, i, err)
+		}
+		for range r.rng.IntN(80) {
+			if err := r.step(); err != nil {
+				t.Fatalf("seed %d: %v", seed, err)
+			}
+		}
+		if r.rng.IntN(2) == 0 {
+			if err := r.checkpoint(); err != nil {
+				t.Fatalf("seed %d: checkpoint: %v", seed, err)
+			}
+			if err := s.TrimHost(); err != nil {
+				t.Fatal(err)
+			}
+		} else if err := r.commit(); err != nil {
+			t.Fatal(err)
+		}
+		s.Close()
+		r.disk = r.disk.Crash(disktest.LoseAll)
+	}
+}
+
+// checkpoint takes one with the commits that it needs.
+func (r *crashRun) checkpoint() error {
+	want := make(chan struct{}, 1)
+	r.store.opts.NeedCommit = func() {
+		select {
+		case want <- struct{}{}:
+		default:
+		}
+	}
+	done := make(chan error, 1)
+	go func() { done <- r.store.Checkpoint() }()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-want:
+			if err := r.commit(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+func TestHeaderRoundTrip(t *testing.T) {
+	h := header{kind: recordData, codec: 2, level: 3, epoch: 9, durable: 8, start: 77, count: 5, present: 0b10101, length: 100, checksum: 1, offset: 8192}
+	var b [recordHeader]byte
+	sum := h.encode(b[:], 42)
+	got, gotSum, err := decodeHeader(b[:], 42, 8192)
+	if err != nil || got != h || gotSum != sum {
+		t.Fatalf("got %+v, %v", got, err)
+	}
+	for i := range b {
+		c := bytes.Clone(b[:])
+		c[i] ^= 4
+		if _, _, err := decodeHeader(c, 42, 8192); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("byte %d changed: %v", i, err)
+		}
+	}
+	if _, _, err := decodeHeader(b[:], 43, 8192); err == nil {
+		t.Error("accepted with the seed of another segment")
+	}
+}

@@ -1,0 +1,328 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"sync"
+
+	"cnbd/extents"
+	"cnbd/internal/disk"
+	"cnbd/internal/invariants"
+)
+
+const (
+	// writeBufferSize is the size of a write to the backing file when there is
+	// much to write: large enough for a disk to stream, small enough that four of
+	// them are little memory.
+	writeBufferSize = 1 << 20
+	writeBuffers    = 4
+)
+
+// A Completion is told when the bytes of a record have been handed to the
+// backing file. That is not yet durable; it is when reads of the place give
+// these bytes.
+type Completion interface {
+	// Written is called once, from the log's writer, in log order. It must not
+	// block. err is not nil when the bytes will never be there.
+	Written(err error)
+}
+
+// A log appends records to segments. What is appended is copied into buffers; a
+// writer goroutine writes them in order, one write for each full buffer. No
+// byte of the file is written twice before its segment is free again: a buffer
+// ends at a border of 4096 unless it is full and the next one goes on from there.
+type log struct {
+	file     disk.File
+	segments *segments
+	store    *Geometry
+	life     uint64
+	fail     func(error) error // notes the store's first failure and returns it
+
+	free  chan *writeBuffer // empty buffers
+	queue chan *writeBuffer // to the writer, in log order
+	done  sync.WaitGroup
+
+	// mu is the append lock. It is held while waiting for a free buffer: whoever
+	// wants to append has to wait for that anyway.
+	mu struct {
+		sync.Mutex
+		head    segmentHead // of the segment being written
+		seed    uint32
+		end     uint32 // offset in the segment at which the next record goes
+		buffer  *writeBuffer
+		epoch   uint64 // that records are appended to
+		durable uint64 // newest durable epoch
+		tally   tally  // of epoch
+		serials uint64 // the newest serial given to a segment
+		queued  uint64 // buffers queued so far
+		since   uint64 // bytes appended since the last snapshot
+		records uint64 // records appended since the last snapshot
+	}
+
+	written struct {
+		sync.Mutex
+		cond    *sync.Cond
+		buffers uint64 // buffers written so far
+		bytes   uint64
+		err     error // the first failure
+	}
+}
+
+type writeBuffer struct {
+	offset      int64 // in the file
+	data        []byte
+	completions []Completion
+}
+
+// start begins to append to the segment that head names, a new one of a new
+// life. The caller has written the header.
+func (l *log) start(head segmentHead, epoch, durable uint64) {
+	l.mu.head = head
+	l.mu.seed = identitySeed(l.store.UUID, head.number, head.life, head.serial)
+	l.mu.end = segmentData
+	l.mu.epoch, l.mu.durable = epoch, durable
+	l.mu.serials = head.serial
+	l.written.cond = sync.NewCond(&l.written.Mutex)
+	l.free = make(chan *writeBuffer, writeBuffers)
+	l.queue = make(chan *writeBuffer, writeBuffers)
+	for range writeBuffers {
+		l.free <- &writeBuffer{data: make([]byte, 0, writeBufferSize)}
+	}
+	l.done.Add(1)
+	go l.writeLoop()
+}
+
+// stop ends the writer when it has written what is queued. What is still in the
+// buffer is dropped: the caller has synced, or the store has failed.
+func (l *log) stop() {
+	l.mu.Lock()
+	if b := l.mu.buffer; b != nil {
+		l.mu.buffer = nil
+		for _, c := range b.completions {
+			c.Written(ErrClosed)
+		}
+	}
+	close(l.queue)
+	l.mu.Unlock()
+	l.done.Wait()
+}
+
+func (l *log) writeLoop() {
+	defer l.done.Done()
+	for b := range l.queue {
+		err := l.writtenErr()
+		if err == nil && len(b.data) > 0 {
+			if _, werr := l.file.WriteAt(b.data, b.offset); werr != nil {
+				err = l.fail(fmt.Errorf("store: write %d bytes at %d: %w", len(b.data), b.offset, werr))
+			}
+		}
+		for i, c := range b.completions {
+			c.Written(err)
+			b.completions[i] = nil
+		}
+		l.written.Lock()
+		l.written.buffers++
+		l.written.bytes += uint64(len(b.data))
+		if l.written.err == nil {
+			l.written.err = err
+		}
+		l.written.cond.Broadcast()
+		l.written.Unlock()
+		b.data, b.completions = b.data[:0], b.completions[:0]
+		l.free <- b
+	}
+}
+
+func (l *log) writtenErr() error {
+	l.written.Lock()
+	defer l.written.Unlock()
+	return l.written.err
+}
+
+// waitWritten blocks until the first n buffers are written.
+func (l *log) waitWritten(n uint64) error {
+	l.written.Lock()
+	defer l.written.Unlock()
+	for l.written.buffers < n && l.written.err == nil {
+		l.written.cond.Wait()
+	}
+	return l.written.err
+}
+
+// copyLocked appends p to the buffers at the current end. REQUIRES: l.mu held,
+// and that p fits into the segment.
+func (l *log) copyLocked(p []byte) {
+	for len(p) > 0 {
+		b := l.mu.buffer
+		if b == nil {
+			b = <-l.free
+			b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
+			l.mu.buffer = b
+		}
+		n := min(len(p), cap(b.data)-len(b.data))
+		b.data = append(b.data, p[:n]...)
+		p = p[n:]
+		l.mu.end += uint32(n)
+		if len(b.data) == cap(b.data) {
+			l.handOverLocked()
+		}
+	}
+}
+
+// handOverLocked queues the buffer as it is, if there is one.
+func (l *log) handOverLocked() {
+	if b := l.mu.buffer; b != nil {
+		l.mu.buffer = nil
+		l.mu.queued++
+		l.queue <- b
+	}
+}
+
+var zeros [alignment]byte
+
+// padLocked fills up to the next border with zeros and queues the buffer.
+func (l *log) padLocked() {
+	if n := -l.mu.end & (alignment - 1); n > 0 {
+		l.copyLocked(zeros[:n])
+	}
+	l.handOverLocked()
+}
+
+// complete has c told when everything appended so far is written. REQUIRES: l.mu held.
+func (l *log) completeLocked(c Completion) {
+	if b := l.mu.buffer; b != nil {
+		b.completions = append(b.completions, c)
+		return
+	}
+	// All of it is queued: an empty buffer goes behind it.
+	b := <-l.free
+	b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
+	b.completions = append(b.completions, c)
+	l.mu.buffer = b
+	l.handOverLocked()
+}
+
+// rollLocked goes on in the next segment, whose successor it chooses.
+func (l *log) rollLocked() error {
+	next, ok := l.segments.take()
+	if !ok {
+		return l.fail(errors.New("store: no free segment left in spite of the reserve"))
+	}
+	l.handOverLocked()
+	old := l.mu.head
+	l.mu.serials++
+	l.mu.head = segmentHead{
+		number: old.next, life: l.life, serial: l.mu.serials, next: next,
+		prev: old.number, pserial: old.serial, plife: old.life, pend: l.mu.end, durable: l.mu.durable,
+	}
+	l.mu.seed = identitySeed(l.store.UUID, l.mu.head.number, l.life, l.mu.serials)
+	l.segments.identify(l.mu.head.number, l.mu.serials, l.mu.seed)
+	l.mu.end = 0
+	var b [segmentHeader]byte
+	l.mu.head.encode(b[:], l.store.UUID)
+	l.copyLocked(b[:])
+	l.copyLocked(b[:])
+	l.mu.since += segmentData
+	return nil
+}
+
+// appendLocked appends one record, whose payload is the concatenation of parts,
+// and returns the place of the payload. The parts are borrowed. The record
+// belongs to the current epoch. REQUIRES: l.mu held.
+func (l *log) appendLocked(h header, parts ...[]byte) (blobRef, error) {
+	for _, p := range parts {
+		h.length += uint32(len(p))
+	}
+	if l.mu.end+recordHeader+h.length > l.segments.size {
+		if err := l.rollLocked(); err != nil {
+			return blobRef{}, err
+		}
+	}
+	invariants.Assertf(l.mu.end+recordHeader+h.length <= l.segments.size, "a record of %d bytes fits a segment", h.length)
+	h.epoch, h.durable, h.offset = l.mu.epoch, l.mu.durable, l.mu.end
+	if h.length > 0 {
+		sum := l.mu.seed
+		for _, p := range parts {
+			sum = crc32.Update(sum, castagnoli, p)
+		}
+		h.checksum = sum
+	}
+	var b [recordHeader]byte
+	l.mu.tally.add(h.encode(b[:], l.mu.seed), h.length)
+	l.copyLocked(b[:])
+	ref := blobRef{l.mu.head.number, l.mu.end, h.length, h.checksum}
+	for _, p := range parts {
+		l.copyLocked(p)
+	}
+	l.mu.since += uint64(recordHeader + h.length)
+	l.mu.records++
+	return ref, nil
+}
+
+// append appends one record of the store's own, of any goroutine.
+func (l *log) append(kind recordType, payload []byte) (ref blobRef, epoch uint64, err error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	ref, err = l.appendLocked(header{kind: kind}, payload)
+	return ref, l.mu.epoch, err
+}
+
+// commitLocked closes the current epoch, pads, and begins the next epoch. It
+// returns the epoch closed and how many buffers have to be written for it.
+func (l *log) commitLocked() (epoch, queued uint64, err error) {
+	t := l.mu.tally
+	if _, err := l.appendLocked(header{kind: recordCommit}, t.encode()); err != nil {
+		return 0, 0, err
+	}
+	l.padLocked()
+	epoch = l.mu.epoch
+	l.mu.epoch++
+	l.mu.tally = tally{}
+	return epoch, l.mu.queued, nil
+}
+
+// idle tells whether the current epoch has no record.
+func (l *log) idleLocked() bool { return l.mu.tally.count == 0 }
+
+// A nodeStore is the tree's view of the store: nodes are records of the log.
+type nodeStore struct {
+	s *Store
+	// epoch is the newest epoch that a node was appended to; only the
+	// checkpoint's goroutine writes nodes.
+	epoch uint64
+}
+
+// WriteNode implements extents.NodeStore. Inner nodes are written twice (rule R9).
+func (n *nodeStore) WriteNode(level uint8, data []byte) (extents.Pointer, error) {
+	p := extents.Pointer{Copies: 1, Length: uint16(len(data))}
+	if level > 0 {
+		p.Copies = 2
+	}
+	for i := range p.Copies {
+		ref, epoch, err := n.s.log.append(recordNode, data)
+		if err != nil {
+			return extents.Pointer{}, err
+		}
+		n.epoch = epoch
+		p.Places[i] = extents.Place{Segment: ref.segment, Offset: ref.offset, Checksum: ref.checksum}
+	}
+	return p, nil
+}
+
+// ReadNode implements extents.NodeStore.
+func (n *nodeStore) ReadNode(p extents.Pointer) ([]byte, error) {
+	var first error
+	for i := range p.Copies {
+		at := p.Places[i]
+		b := make([]byte, p.Length)
+		err := n.s.readBlob(b, blobRef{at.Segment, at.Offset, uint32(p.Length), at.Checksum})
+		if err == nil {
+			return b, nil
+		}
+		if first == nil {
+			first = err
+		}
+	}
+	return nil, fmt.Errorf("map node: %w", first)
+}

@@ -1,0 +1,346 @@
+package store
+
+import (
+	"crypto/rand"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/google/uuid"
+
+	"cnbd/extents"
+	"cnbd/internal/disk"
+)
+
+// Format makes an empty store in f, which has nothing in it that matters. A new
+// UUID is drawn if g has none. The superblocks are written last, after a sync,
+// and synced.
+func Format(f disk.File, g Geometry) error {
+	if g.UUID == (uuid.UUID{}) {
+		id, err := uuid.NewRandom()
+		if err != nil {
+			return fmt.Errorf("store: draw a UUID: %w", err)
+		}
+		g.UUID = id
+	}
+	if err := g.Validate(); err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	if err := f.Truncate(segmentsOffset); err != nil {
+		return fmt.Errorf("store: set the size: %w", err)
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("store: sync: %w", err)
+	}
+	for sequence := range uint64(2) {
+		sb := &superblock{Geometry: g, sequence: sequence}
+		if _, err := f.WriteAt(sb.encode(), int64(sequence)*superblockStride); err != nil {
+			return fmt.Errorf("store: write superblock: %w", err)
+		}
+	}
+	if err := f.Sync(); err != nil {
+		return fmt.Errorf("store: sync: %w", err)
+	}
+	return nil
+}
+
+// Close stops the store without a commit or a checkpoint, and closes the file.
+// What was not synced is lost, as in a power cut. The caller has ended all
+// Views and calls to the store. CloseClean is the orderly way.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.mu.closed {
+		s.mu.Unlock()
+		return ErrClosed
+	}
+	s.mu.closed = true
+	s.mu.Unlock()
+	if s.log != nil {
+		s.progress.Lock()
+		running := s.progress.running
+		s.progress.Unlock()
+		if running {
+			// It waits for a commit that will not come.
+			closed := fmt.Errorf("%w", ErrClosed)
+			s.failure.CompareAndSwap(nil, &closed)
+			s.progress.Lock()
+			s.progress.cond.Broadcast()
+			s.progress.Unlock()
+		}
+		s.checkpoints.Wait()
+		s.log.stop()
+	}
+	return s.file.Close()
+}
+
+// TrimHost gives what the store has allocated ahead, and does not use, back to
+// the host. Nothing may be appended any more. It is for a clean stop, after
+// Checkpoint.
+func (s *Store) TrimHost() error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if err := s.segments.chill(s.file, 0); err != nil {
+		return err
+	}
+	l := s.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.padLocked()
+	if err := l.waitWritten(l.mu.queued); err != nil {
+		return err
+	}
+	// The rest of the segment being written, and its successor, are not written
+	// by this life any more; the next one begins with the successor.
+	if rest := int64(s.segments.size) - int64(l.mu.end); rest > 0 {
+		if err := s.file.Punch(s.segments.base(l.mu.head.number)+int64(l.mu.end), rest); err != nil {
+			return fmt.Errorf("store: punch: %w", err)
+		}
+	}
+	if err := s.file.Punch(s.segments.base(l.mu.head.next), int64(s.segments.size)); err != nil {
+		return fmt.Errorf("store: punch: %w", err)
+	}
+	return nil
+}
+
+// Open opens the store in f and recovers it: it reads the newest checkpoint,
+// replays the log behind it, and begins a new life of the log. The store then
+// holds the state of the last commit that is on the medium, and all of that is
+// durable. On an error f is closed. f must be locked against other openers.
+func Open(f disk.File, opts Options) (*Store, error) {
+	opts.setDefaults()
+	s := &Store{opts: opts, file: f}
+	if err := s.open(); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func (s *Store) open() error {
+	s.progress.cond = sync.NewCond(&s.progress.Mutex)
+	// Rule R5: what a client could read before a crash may be in the host's page
+	// cache only, and what is in the cache may never have reached the medium.
+	if !s.opts.ReadOnly {
+		if err := s.file.Sync(); err != nil {
+			return fmt.Errorf("store: sync before recovery: %w", err)
+		}
+	}
+	if err := s.file.DropCache(); err != nil {
+		return fmt.Errorf("store: drop cached pages before recovery: %w", err)
+	}
+	sb, other, err := readSuperblocks(s.file, s.opts.Warn)
+	if err != nil {
+		return err
+	}
+	s.geometry = sb.Geometry
+	s.segments = newSegments(&s.geometry)
+	s.nodes = &nodeStore{s: s}
+	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
+	s.mu.open = extents.NewOverlay()
+	if err := s.loadCheckpoint(sb); err != nil {
+		if other == nil {
+			return err
+		}
+		// The older checkpoint and the log behind it are whole as well (rule R4).
+		s.opts.Warn("the newest checkpoint is damaged, the one before is used", err)
+		sb = other
+		s.segments = newSegments(&s.geometry)
+		if err := s.loadCheckpoint(sb); err != nil {
+			return err
+		}
+	}
+	durable := sb.epoch
+	if other != nil {
+		durable = max(durable, other.epoch)
+	}
+	end, err := s.replay(sb, durable)
+	if err != nil {
+		return err
+	}
+	s.progress.durable = s.recovery.Epoch
+	s.progress.sequence = sb.sequence
+	if s.opts.ReadOnly {
+		return nil
+	}
+	return s.beginLife(end)
+}
+
+// readSuperblocks gives the newest good checkpoint, and the other one if it is good.
+func readSuperblocks(f disk.File, warn func(string, error)) (newest, other *superblock, err error) {
+	var slots [2]*superblock
+	var errs [2]error
+	for i := range slots {
+		b := make([]byte, superblockSize)
+		if _, err := f.ReadAt(b, int64(i)*superblockStride); err != nil && !errors.Is(err, io.EOF) {
+			errs[i] = fmt.Errorf("store: read superblock %d: %w", i, err)
+			continue
+		}
+		slots[i], errs[i] = decodeSuperblock(b)
+		if errs[i] == nil && slots[i].sequence%2 != uint64(i) {
+			slots[i], errs[i] = nil, fmt.Errorf("superblock %d lies in slot %d: %w", slots[i].sequence, i, ErrCorrupt)
+		}
+	}
+	for i := range slots {
+		if errors.Is(errs[i], ErrVersion) {
+			return nil, nil, fmt.Errorf("store: %w", errs[i])
+		}
+	}
+	switch {
+	case slots[0] == nil && slots[1] == nil:
+		// A damaged superblock is damage also where the other has lost its magic.
+		for _, err := range errs {
+			if !errors.Is(err, ErrNotStore) {
+				return nil, nil, fmt.Errorf("store: no superblock can be read: %w", err)
+			}
+		}
+		return nil, nil, fmt.Errorf("store: %w", ErrNotStore)
+	case slots[0] != nil && slots[1] != nil:
+		if slots[0].UUID != slots[1].UUID {
+			return nil, nil, fmt.Errorf("store: superblocks of two stores: %w", ErrCorrupt)
+		}
+		if slots[0].sequence > slots[1].sequence {
+			return slots[0], slots[1], nil
+		}
+		return slots[1], slots[0], nil
+	}
+	for i := range slots {
+		if slots[i] == nil {
+			warn(fmt.Sprintf("superblock %d is damaged, the other one is used", i), errs[i])
+		}
+	}
+	if slots[0] != nil {
+		return slots[0], nil, nil
+	}
+	return slots[1], nil, nil
+}
+
+// loadCheckpoint reads what sb leads to: the segment table and the pending trims.
+func (s *Store) loadCheckpoint(sb *superblock) error {
+	t := s.segments
+	entries := uint64(0)
+	seen := make(map[blobRef]bool)
+	for ref := sb.usage; ref.length != 0; {
+		if seen[ref] || ref.length > usageHead+usageBatch*usageEntry {
+			return fmt.Errorf("store: segment table: %w", ErrCorrupt)
+		}
+		seen[ref] = true
+		b, err := s.readOwn(ref)
+		if err != nil {
+			return fmt.Errorf("store: segment table: %w", err)
+		}
+		ref, err = decodeUsage(b, func(n uint32, g segment) error {
+			if n >= t.total {
+				return fmt.Errorf("segment table: segment %d of %d: %w", n, t.total, ErrCorrupt)
+			}
+			t.useLocked(n)
+			t.table[n] = g
+			entries++
+			return nil
+		})
+		if err != nil {
+			return fmt.Errorf("store: %w", err)
+		}
+	}
+	if entries != sb.segments {
+		return fmt.Errorf("store: segment table of %d entries, want %d: %w", entries, sb.segments, ErrCorrupt)
+	}
+	s.mu.trims = extents.NewRangeSet()
+	if sb.trims.length != 0 {
+		if uint64(sb.trims.length) > uint64(t.size) {
+			return fmt.Errorf("store: pending trims: %w", ErrCorrupt)
+		}
+		b, err := s.readOwn(sb.trims)
+		if err != nil {
+			return fmt.Errorf("store: pending trims: %w", err)
+		}
+		if s.mu.trims, err = extents.DecodeRangeSet(b); err != nil {
+			return fmt.Errorf("store: pending trims: %w", err)
+		}
+	}
+	s.mu.root, s.mu.sequence = sb.root, sb.sequence
+	// What the two newest checkpoints do not need is free (rule R4); the log
+	// behind them takes back what it has been given since.
+	t.release(sb.sequence)
+	for n := range t.table {
+		if g := &t.table[n]; g.state == segmentFree && g.allocated {
+			g.allocated = false
+			t.warm--
+		}
+	}
+	return nil
+}
+
+// readOwn reads a record of the store's own. Its segment need not be in the
+// table yet, so its header tells who it is.
+func (s *Store) readOwn(ref blobRef) ([]byte, error) {
+	if ref.segment >= s.segments.total || uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) {
+		return nil, fmt.Errorf("record at %d of segment %d: %w", ref.offset, ref.segment, ErrCorrupt)
+	}
+	h, ok, err := s.readSegmentHead(ref.segment)
+	if err != nil {
+		return nil, err
+	}
+	if !ok {
+		return nil, fmt.Errorf("header of segment %d: %w", ref.segment, ErrCorrupt)
+	}
+	b := make([]byte, ref.length)
+	seed := identitySeed(s.geometry.UUID, h.number, h.life, h.serial)
+	return b, s.readSeeded(b, ref, seed)
+}
+
+// readSegmentHead reads the header of segment n, from its second copy if need be.
+func (s *Store) readSegmentHead(n uint32) (h segmentHead, ok bool, err error) {
+	var b [segmentHeader]byte
+	for i := range int64(2) {
+		k, rerr := s.file.ReadAt(b[:], s.segments.base(n)+i*segmentHeader)
+		if rerr != nil && !errors.Is(rerr, io.EOF) {
+			err = fmt.Errorf("store: read header of segment %d: %w", n, rerr)
+			continue
+		}
+		clear(b[k:])
+		if h, ok = decodeSegmentHead(b[:], s.geometry.UUID, n); ok {
+			return h, true, nil
+		}
+	}
+	return h, false, err
+}
+
+// beginLife begins to append behind the end that recovery accepted, in a segment
+// of its own whose header names that end, and makes that durable before anything
+// is served (rule R2).
+func (s *Store) beginLife(end logEnd) error {
+	var life [8]byte
+	if _, err := rand.Read(life[:]); err != nil {
+		return fmt.Errorf("store: draw a life id: %w", err)
+	}
+	s.segments.use(end.head.next)
+	next, ok := s.segments.take()
+	if !ok {
+		return fmt.Errorf("store: no free segment to go on in: %w", ErrNoSpace)
+	}
+	l := &log{file: s.file, segments: s.segments, store: &s.geometry, life: binary.LittleEndian.Uint64(life[:]), fail: s.fail}
+	head := segmentHead{
+		number: end.head.next, life: l.life, serial: end.serials + 1, next: next,
+		prev: end.head.number, pserial: end.head.serial, plife: end.head.life, pend: end.offset, durable: s.recovery.Epoch,
+	}
+	s.segments.identify(head.number, head.serial, identitySeed(s.geometry.UUID, head.number, head.life, head.serial))
+	var b [segmentData]byte
+	head.encode(b[:segmentHeader], s.geometry.UUID)
+	head.encode(b[segmentHeader:], s.geometry.UUID)
+	if _, err := s.file.WriteAt(b[:], s.segments.base(head.number)); err != nil {
+		return fmt.Errorf("store: write header of segment %d: %w", head.number, err)
+	}
+	if err := s.file.Sync(); err != nil {
+		return fmt.Errorf("store: sync: %w", err)
+	}
+	// Room for commits, checkpoints and trims, which do not reserve (promise P4).
+	if err := s.segments.ensure(s.file, reserveSegments); err != nil {
+		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
+	}
+	s.log = l
+	l.start(head, end.epochs+1, s.recovery.Epoch)
+	return nil
+}

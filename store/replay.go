@@ -1,0 +1,332 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+)
+
+// Recovery tells what opening a store found.
+type Recovery struct {
+	Checkpoint uint64 // sequence number of the checkpoint that replay started from
+	Epoch      uint64 // of the commit whose state the store has now
+	Segments   int    // segments of the log that were read
+	Bytes      uint64 // of log that were read
+	Records    uint64 // that were applied
+	Dropped    uint64 // records of an epoch that no commit closed
+	Damaged    uint64 // records of durable epochs that could not be read; their blocks are lost
+}
+
+// Recovery is what opening found.
+func (s *Store) Recovery() Recovery { return s.recovery }
+
+// A logEnd is where the accepted log ends, and what must not be used again.
+type logEnd struct {
+	head    segmentHead // of the segment that it ends in; serial 0: there is none
+	offset  uint32      // in it
+	serials uint64      // the largest serial seen
+	epochs  uint64      // the largest epoch seen
+}
+
+// A scanned record is what replay keeps of a record until its epoch is judged.
+type scanned struct {
+	header
+	segment uint32
+	sum     uint32 // of the header
+	bad     bool   // the payload is damaged
+	tally   tally  // of a commit record: its payload
+	end     position
+}
+
+// A fault is a place where the log cannot be parsed.
+type fault struct {
+	at  position
+	err error
+}
+
+// replay reads the log behind sb, judges its epochs, and applies those that are
+// committed. durable is an epoch known to be durable from the superblocks.
+//
+// The rules (R1): an epoch is accepted when its commit record is there and
+// agrees with every record before it, each with its payload verified. When a
+// record behind it, or a superblock, says that it was durable, then a payload
+// that does not verify is damage, costs its own blocks, and the epoch stands;
+// else the epoch is the torn tail of a crash, and it and all behind it are
+// dropped. A header that cannot be parsed is the end of the log, unless
+// something behind it says that it was durable: then the store is damaged in a
+// way that would lose acknowledged writes, and is not opened.
+func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
+	s.recovery = Recovery{Checkpoint: sb.sequence, Epoch: sb.epoch}
+	sc := &scanner{s: s, end: logEnd{epochs: durable}, durable: durable, tail: position{sb.replay.segment, sb.replay.offset, sb.replay.serial}}
+	if err := sc.scan(sb); err != nil {
+		return logEnd{}, err
+	}
+	s.recovery.Segments = sc.segments
+	s.recovery.Bytes = sc.bytes
+
+	var t tally
+	first := 0 // the first record of the epoch being judged
+	end := sc.tail
+	for i := range sc.records {
+		r := &sc.records[i]
+		if r.kind != recordCommit {
+			t.add(r.sum, r.length)
+			continue
+		}
+		// foreign: the commit record does not belong to what stands before it.
+		foreign := !r.bad && r.tally != t || r.epoch <= s.recovery.Epoch
+		bad := r.bad
+		for _, q := range sc.records[first:i] {
+			bad = bad || q.bad
+			foreign = foreign || q.epoch != r.epoch
+		}
+		if (bad || foreign) && r.epoch > sc.durable {
+			break // a torn tail
+		}
+		if foreign {
+			return logEnd{}, fmt.Errorf("store: epoch %d was durable, and its commit record does not agree with the log before it: %w", r.epoch, ErrCorrupt)
+		}
+		for j := first; j < i; j++ {
+			s.apply(&sc.records[j])
+		}
+		s.recovery.Epoch = r.epoch
+		first, t, end = i+1, tally{}, r.end
+	}
+	s.recovery.Dropped = uint64(len(sc.records) - first)
+	if s.recovery.Epoch < sc.durable {
+		err := fmt.Errorf("store: epoch %d was durable, and the log can be read up to epoch %d only: %w", sc.durable, s.recovery.Epoch, ErrCorrupt)
+		if sc.fault != nil {
+			err = fmt.Errorf("%w: segment %d at %d: %w", err, sc.fault.at.segment, sc.fault.at.offset, sc.fault.err)
+		}
+		return logEnd{}, err
+	}
+	if s.recovery.Damaged > 0 {
+		s.opts.Warn(fmt.Sprintf("%d records of the log are damaged, their blocks are lost", s.recovery.Damaged), ErrCorrupt)
+	}
+	// The accepted log ends in the segment of end, whose header names where to go on.
+	sc.end.head, sc.end.offset = sc.heads[end.serial], end.offset
+	return sc.end, nil
+}
+
+// apply enters one record of an accepted epoch in the map.
+func (s *Store) apply(r *scanned) {
+	s.recovery.Records++
+	switch r.kind {
+	case recordData:
+		kind := extents.Data
+		if r.bad {
+			s.recovery.Damaged++
+			kind = extents.Lost
+		}
+		insertBlob(s.mu.open, kind, r.header, blobRef{r.segment, r.offset + recordHeader, r.length, r.checksum})
+	case recordHole:
+		s.mu.open.Insert(extents.Extent{Start: r.start, Count: r.count, Kind: extents.Hole})
+	default:
+		if r.bad {
+			// A node or a table is verified again when it is used.
+			s.recovery.Damaged++
+		}
+	}
+}
+
+// A scanner reads the log from a position to its end.
+type scanner struct {
+	s       *Store
+	records []scanned
+	heads   map[uint64]segmentHead // by serial
+	tail    position               // where the log ends as far as it parses
+	end     logEnd
+	durable uint64 // the newest epoch that anything names as durable
+	fault   *fault
+
+	segments int
+	bytes    uint64
+	buf      []byte
+}
+
+// readChunk is how much of the log is read at once.
+const readChunk = 1 << 20
+
+func (sc *scanner) scan(sb *superblock) error {
+	s := sc.s
+	sc.heads = make(map[uint64]segmentHead)
+	sc.buf = make([]byte, 2*readChunk)
+	var head segmentHead
+	from := uint32(segmentData)
+	if sb.replay.serial == 0 {
+		// The log is empty: its first segment, if it was begun, is segment 0.
+		head = segmentHead{number: noSegment, next: sb.replay.segment}
+		sc.heads[0] = head
+	} else {
+		h, ok, err := s.readSegmentHead(sb.replay.segment)
+		if err != nil {
+			return err
+		}
+		if !ok || h.serial != sb.replay.serial {
+			return fmt.Errorf("store: header of segment %d, where replay starts: %w", sb.replay.segment, ErrCorrupt)
+		}
+		head, from = h, sb.replay.offset
+	}
+	for {
+		if head.serial != 0 {
+			sc.segments++
+			sc.heads[head.serial] = head
+			sc.end.serials = max(sc.end.serials, head.serial)
+			sc.durable = max(sc.durable, head.durable)
+			s.segments.adopt(head.number, head.serial, identitySeed(s.geometry.UUID, head.number, head.life, head.serial))
+		}
+		next, ok, err := sc.successor(head)
+		if err != nil {
+			return err
+		}
+		if head.serial != 0 {
+			limit := s.segments.size
+			if ok {
+				limit = next.pend
+			}
+			if err := sc.scanSegment(head, from, limit); err != nil {
+				return err
+			}
+		}
+		if !ok {
+			return nil
+		}
+		head, from = next, segmentData
+	}
+}
+
+// successor reads the header of the segment behind head, and says whether the
+// log goes on there.
+func (sc *scanner) successor(head segmentHead) (segmentHead, bool, error) {
+	if head.next >= sc.s.segments.total {
+		return segmentHead{}, false, nil
+	}
+	next, ok, err := sc.s.readSegmentHead(head.next)
+	if err != nil {
+		return next, false, err
+	}
+	ok = ok && next.prev == head.number && next.pserial == head.serial && next.plife == head.life &&
+		next.serial > head.serial && next.pend <= sc.s.segments.size
+	return next, ok, nil
+}
+
+// scanSegment parses the records of a segment in [from, limit), up to the first
+// place where there is none.
+func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
+	s := sc.s
+	seed := identitySeed(s.geometry.UUID, head.number, head.life, head.serial)
+	base := s.segments.base(head.number)
+	window, start := []byte(nil), from // window holds the bytes from start on
+	// bytes returns n bytes at off, fewer at the end of the file.
+	bytes := func(off, n uint32) ([]byte, error) {
+		n = min(n, limit-off)
+		if off < start || uint64(off)+uint64(n) > uint64(start)+uint64(len(window)) {
+			want := min(max(n, readChunk), limit-off)
+			k, err := s.file.ReadAt(sc.buf[:want], base+int64(off))
+			if err != nil && !errors.Is(err, io.EOF) {
+				return nil, fmt.Errorf("store: read segment %d at %d: %w", head.number, off, err)
+			}
+			window, start = sc.buf[:k], off
+			sc.bytes += uint64(k)
+		}
+		w := window[off-start:]
+		return w[:min(int(n), len(w))], nil
+	}
+	stop := func(off uint32, err error) error {
+		if sc.fault == nil {
+			sc.fault = &fault{position{head.number, off, head.serial}, err}
+		}
+		return sc.probe(off, limit, seed, bytes)
+	}
+	off := from
+	for off < limit {
+		b, err := bytes(off, recordHeader)
+		if err != nil {
+			return err
+		}
+		if len(b) == 0 || b[0] == 0 && off%alignment == 0 {
+			// The end of the log, unless a record is missing there.
+			return stop(off, fmt.Errorf("no record: %w", ErrCorrupt))
+		}
+		if b[0] == 0 {
+			// Padding up to the next border.
+			border := (off + alignment) &^ (alignment - 1)
+			pad, err := bytes(off, border-off)
+			if err != nil {
+				return err
+			}
+			if !allZero(pad) {
+				return stop(off, fmt.Errorf("padding is not zero: %w", ErrCorrupt))
+			}
+			off = border
+			continue
+		}
+		h, sum, err := decodeHeader(b, seed, off)
+		if err == nil && (uint64(off)+recordHeader+uint64(h.length) > uint64(limit) ||
+			h.count > 0 && block.Range{End: block.Index(s.geometry.Blocks())}.Covers(block.Span(h.start, h.count)) == false) {
+			err = fmt.Errorf("record does not fit: %w", ErrCorrupt)
+		}
+		if err != nil {
+			return stop(off, err)
+		}
+		r := scanned{header: h, segment: head.number, sum: sum}
+		payload, err := bytes(off+recordHeader, h.length)
+		if err != nil {
+			return err
+		}
+		r.bad = uint32(len(payload)) != h.length || h.length > 0 && crc32.Update(seed, castagnoli, payload) != h.checksum
+		if h.kind == recordCommit && !r.bad {
+			r.tally, err = decodeTally(payload)
+			r.bad = err != nil
+		}
+		sc.durable = max(sc.durable, h.durable)
+		sc.end.epochs = max(sc.end.epochs, h.epoch)
+		off += recordHeader + h.length
+		r.end = position{head.number, off, head.serial}
+		if h.kind == recordCommit {
+			r.end.offset = (off + alignment - 1) &^ (alignment - 1)
+		}
+		if sc.fault == nil {
+			sc.records = append(sc.records, r)
+		}
+	}
+	return nil
+}
+
+// probe looks, behind a place that cannot be parsed, for records that can, at
+// the borders where commits begin a new one, and learns what they name as
+// durable. Their contents are not used.
+func (sc *scanner) probe(off, limit, seed uint32, bytes func(off, n uint32) ([]byte, error)) error {
+	for off = (off + alignment) &^ (alignment - 1); off < limit; off += alignment {
+		b, err := bytes(off, recordHeader)
+		if err != nil {
+			return err
+		}
+		if len(b) < recordHeader {
+			return nil
+		}
+		if h, _, err := decodeHeader(b, seed, off); err == nil {
+			sc.durable = max(sc.durable, h.durable)
+			sc.end.epochs = max(sc.end.epochs, h.epoch)
+		}
+	}
+	return nil
+}
+
+// readSeeded reads and verifies a record's payload with a known seed.
+func (s *Store) readSeeded(dst []byte, ref blobRef, seed uint32) error {
+	n, err := s.file.ReadAt(dst, s.segments.base(ref.segment)+int64(ref.offset))
+	if n < len(dst) && err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("read %d bytes at %d of segment %d: %w", len(dst), ref.offset, ref.segment, err)
+	}
+	clear(dst[n:])
+	if sum := crc32.Update(seed, castagnoli, dst); sum != ref.checksum {
+		return fmt.Errorf("%d bytes at %d of segment %d: checksum %08x, want %08x: %w",
+			len(dst), ref.offset, ref.segment, sum, ref.checksum, ErrCorrupt)
+	}
+	return nil
+}

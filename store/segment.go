@@ -1,0 +1,335 @@
+package store
+
+import (
+	"errors"
+	"fmt"
+	"math"
+	"sync"
+	"syscall"
+
+	"cnbd/internal/disk"
+)
+
+const (
+	// segmentsMin is the fewest segments that a store can work with: one being
+	// written, its successor, the reserve, and one for data.
+	segmentsMin = reserveSegments + 4
+
+	// reserveSegments are kept from client writes, so that commits, trims and
+	// checkpoints always find room (rule R8).
+	reserveSegments = 4
+
+	// warmSegments is how many freed segments keep their space on the host:
+	// overwriting written blocks makes a sync cheaper than extending the file.
+	warmSegments = 2
+)
+
+// A segmentState is where a segment is in its life:
+//
+//	free -> used (named as successor, then written, then sealed) -> free
+//
+// It goes back to free when neither of the two newest durable checkpoints, nor
+// a reader, needs it (rule R4).
+type segmentState uint8
+
+const (
+	segmentFree segmentState = iota
+	segmentUsed
+)
+
+// A segment is an entry of the segment table. refs, bytes and emptyAt are those
+// of the newest merged map, not of the running overlay (rule R3).
+type segment struct {
+	state     segmentState
+	allocated bool   // the host has given its space, as far as this process knows
+	seed      uint32 // of its checksums
+	serial    uint64
+	refs      uint64 // blocks of data and copies of nodes that the map refers to
+	bytes     uint64 // live share of its stored bytes
+	emptyAt   uint64 // the first checkpoint that refers to nothing in it; 0: it is referred to
+}
+
+// segments is the table of all segments: what they are, and which may be written.
+// Safe for concurrent use.
+type segments struct {
+	size  uint32
+	total uint32 // how many the capacity allows
+
+	alloc sync.Mutex // one at a time asks the host for space; taken before mu
+
+	mu    sync.RWMutex
+	table []segment // guarded by mu; grows up to total, index is the segment number
+	free  uint32    // guarded by mu; number of free ones, those beyond the table included
+	warm  uint32    // guarded by mu; number of free ones that have space on the host
+	low   uint32    // guarded by mu; no free segment lies below it
+	pins  map[uint64]int
+}
+
+func newSegments(g *Geometry) *segments {
+	return &segments{size: g.SegmentSize, total: g.Segments(), free: g.Segments(), pins: make(map[uint64]int)}
+}
+
+// at is the entry of segment n, which is made if need be. REQUIRES: t.mu held.
+func (t *segments) atLocked(n uint32) *segment {
+	for uint32(len(t.table)) <= n {
+		t.table = append(t.table, segment{})
+	}
+	return &t.table[n]
+}
+
+// base is the offset of segment n in the file.
+func (t *segments) base(n uint32) int64 { return segmentsOffset + int64(n)*int64(t.size) }
+
+// seed is the seed of the checksums in segment n, 0 if it is not used.
+func (t *segments) seed(n uint32) uint32 {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if n >= uint32(len(t.table)) || t.table[n].state != segmentUsed {
+		return 0
+	}
+	return t.table[n].seed
+}
+
+// take makes a free segment used and returns its number: an allocated one if
+// there is one, else the lowest, so that the file stays short.
+func (t *segments) take() (uint32, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.free == 0 {
+		return 0, false
+	}
+	found, first := noSegment, noSegment
+	for n := t.low; n < uint32(len(t.table)); n++ {
+		if s := &t.table[n]; s.state == segmentFree {
+			if first == noSegment {
+				first = n
+			}
+			if s.allocated {
+				found = n
+			}
+			if s.allocated || t.warm == 0 {
+				break
+			}
+		}
+	}
+	if first == noSegment {
+		first = uint32(len(t.table))
+	}
+	t.low = first
+	if found == noSegment {
+		found = first
+	}
+	t.useLocked(found)
+	return found, true
+}
+
+// adopt makes segment n, found in the log by recovery, used. If the checkpoint
+// knows it by that serial, its accounting stays.
+func (t *segments) adopt(n uint32, serial uint64, seed uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s := t.atLocked(n); s.state != segmentUsed || s.serial != serial {
+		t.useLocked(n)
+		t.table[n].serial, t.table[n].seed = serial, seed
+	}
+}
+
+// use makes segment n used, as one not yet begun.
+func (t *segments) use(n uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.useLocked(n)
+}
+
+func (t *segments) useLocked(n uint32) {
+	s := t.atLocked(n)
+	if s.state == segmentFree {
+		t.free--
+		if s.allocated {
+			t.warm--
+		}
+	}
+	*s = segment{state: segmentUsed, allocated: s.allocated}
+}
+
+// identify notes who segment n, which is used, is from now on.
+func (t *segments) identify(n uint32, serial uint64, seed uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := &t.table[n]
+	s.serial, s.seed = serial, seed
+}
+
+// account changes what the merged map refers to in segment n.
+func (t *segments) account(n uint32, refs, bytes int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	s := t.atLocked(n)
+	s.refs = uint64(int64(s.refs) + refs)
+	s.bytes = uint64(int64(s.bytes) + bytes)
+}
+
+// pin keeps every segment that the state of checkpoint version, or a later one,
+// refers to from being reused until unpin.
+func (t *segments) pin(version uint64) {
+	t.mu.Lock()
+	t.pins[version]++
+	t.mu.Unlock()
+}
+
+func (t *segments) unpin(version uint64) {
+	t.mu.Lock()
+	if t.pins[version]--; t.pins[version] == 0 {
+		delete(t.pins, version)
+	}
+	t.mu.Unlock()
+}
+
+// markEmpty notes for checkpoint sequence, whose map has just been merged and
+// whose replay starts in the segment with that serial, which segments it does
+// not refer to. Segments from that serial on hold what is not merged yet.
+func (t *segments) markEmpty(sequence, replaySerial uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for n := range t.table {
+		s := &t.table[n]
+		switch {
+		case s.state != segmentUsed:
+		case s.refs > 0:
+			s.emptyAt = 0
+		case s.emptyAt == 0 && s.serial != 0 && s.serial < replaySerial:
+			s.emptyAt = sequence
+		}
+	}
+}
+
+// release frees the segments that neither checkpoint sequence nor the one before
+// it needs, both being durable, and that no reader can be at (rule R4: a
+// checkpoint that refers to nothing in a segment has a later place to start
+// replay from than the segment, so its log is not needed either). It returns
+// their numbers.
+func (t *segments) release(sequence uint64) (freed []uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	oldest := uint64(math.MaxUint64)
+	for v := range t.pins {
+		oldest = min(oldest, v)
+	}
+	for n := range t.table {
+		s := &t.table[n]
+		if s.state == segmentUsed && s.emptyAt != 0 && s.emptyAt < sequence && s.emptyAt <= oldest {
+			// What a segment held before this process began is on the host too.
+			*s = segment{allocated: true}
+			t.free++
+			t.warm++
+			t.low = min(t.low, uint32(n))
+			freed = append(freed, uint32(n))
+		}
+	}
+	return freed
+}
+
+// usable is the number of bytes of records that one segment surely takes.
+func (t *segments) usable() uint64 {
+	return uint64(t.size) - segmentData - recordHeader - ExtentBlocksMax*alignment - 2*alignment
+}
+
+// room is the number of free segments, and of those with space on the host.
+func (t *segments) room() (free, warm uint32) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.free, t.warm
+}
+
+// ensure asks the host for space until want free segments have it, or all free
+// ones. A host that is full is ErrNoSpace.
+func (t *segments) ensure(f disk.File, want uint32) error {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	for {
+		n, ok := t.nextCold(want)
+		if !ok {
+			return nil
+		}
+		if err := f.Allocate(t.base(n), int64(t.size)); err != nil {
+			if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
+				return fmt.Errorf("store: the backing filesystem has no space for segment %d: %w", n, ErrNoSpace)
+			}
+			return fmt.Errorf("store: allocate segment %d: %w", n, err)
+		}
+		t.mu.Lock()
+		if s := t.atLocked(n); !s.allocated {
+			s.allocated = true
+			if s.state == segmentFree {
+				t.warm++
+			}
+		}
+		t.mu.Unlock()
+	}
+}
+
+// nextCold is the lowest free segment without space, if fewer than want have it.
+func (t *segments) nextCold(want uint32) (uint32, bool) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if t.warm >= want || t.warm == t.free {
+		return 0, false
+	}
+	for n := t.low; n < uint32(len(t.table)); n++ {
+		if s := &t.table[n]; s.state == segmentFree && !s.allocated {
+			return n, true
+		}
+	}
+	return uint32(len(t.table)), true
+}
+
+// chill gives the space of all free segments but keep back to the host, the
+// highest first. The space is noted as gone before it is: a segment that is
+// taken meanwhile is asked for again.
+func (t *segments) chill(f disk.File, keep uint32) error {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	for {
+		n, ok := t.nextWarm(keep)
+		if !ok {
+			return nil
+		}
+		if err := f.Punch(t.base(n), int64(t.size)); err != nil {
+			return fmt.Errorf("store: punch segment %d: %w", n, err)
+		}
+		t.mu.Lock()
+		t.table[n].state = segmentFree
+		t.free++
+		t.low = min(t.low, n)
+		t.mu.Unlock()
+	}
+}
+
+// nextWarm takes the highest free segment with space out of the free ones, for
+// chill to punch it, if more than keep have space.
+func (t *segments) nextWarm(keep uint32) (uint32, bool) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.warm <= keep {
+		return 0, false
+	}
+	for n := len(t.table) - 1; n >= 0; n-- {
+		if s := &t.table[n]; s.state == segmentFree && s.allocated {
+			t.useLocked(uint32(n))
+			s.allocated = false
+			return uint32(n), true
+		}
+	}
+	return 0, false
+}
+
+// visit calls fn for each used segment in ascending order, with a copy.
+func (t *segments) visit(fn func(n uint32, s segment)) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for n := range t.table {
+		if t.table[n].state == segmentUsed {
+			fn(uint32(n), t.table[n])
+		}
+	}
+}

@@ -1,0 +1,577 @@
+// Package store keeps the contents of one device in one backing file or block
+// device: a log of segments, and a map that says where in the log each block's
+// newest bytes are. It survives a power cut at any moment.
+//
+// # Log, epochs, commits
+//
+// Everything is appended to the log: blobs of data, holes, the nodes of the map
+// ([Store.AppendData], [Store.AppendHole]). Records belong to the current epoch.
+// A commit record closes it ([Store.AppendCommit]); when the commit is synced
+// ([Store.Sync]) the epoch is durable. After a crash the store holds exactly
+// the state of one commit, at or after the last one whose Sync returned nil.
+//
+// The map is an overlay in memory (what was appended since the last checkpoint)
+// over a tree on the medium. A checkpoint merges the overlay of one commit into
+// the tree, appends the changed nodes, waits until a later commit has made them
+// durable, and writes a superblock that points to them. Recovery reads the
+// superblock, then replays the log behind the checkpoint's commit.
+//
+// # Invariants
+//
+//  1. No byte of a segment is written twice before the segment is free again.
+//  2. Log order is epoch order; the next commit record is appended only after
+//     the sync of the one before (rule R1, R3).
+//  3. All that a superblock leads to lies before the end of an epoch that was
+//     durable before the superblock was written, so recovery's end of the log
+//     lies behind it.
+//  4. A segment is written again only when neither of the two newest durable
+//     checkpoints, nor the log behind them, nor a [View] needs it (rule R4).
+//  5. The accounting of segments is that of the newest durable checkpoint.
+//  6. After the first failed write or sync nothing is appended or synced with
+//     success any more (promise P5).
+//
+// # Concurrency and lock order
+//
+// AppendData, AppendHole and AppendCommit must come from one goroutine at a
+// time, the ordered side of the work queue; Sync likewise. Everything else may
+// be called at any time. Locks, outermost first: log.mu, Store.mu, segments.alloc,
+// segments.mu, log.written. Store.syncing and Store.progress are taken with none of
+// them but log.mu held.
+package store
+
+import (
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math/bits"
+	"sync"
+	"sync/atomic"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/internal/disk"
+	"cnbd/internal/invariants"
+)
+
+var (
+	// ErrNoSpace says that a write does not fit, into the store's capacity or
+	// onto the host.
+	ErrNoSpace = errors.New("no space left in the store")
+	// ErrClosed is returned after Close.
+	ErrClosed = errors.New("store: closed")
+	// ErrReadOnly says that the store was opened for reading.
+	ErrReadOnly = errors.New("store: opened read-only")
+)
+
+// Options are the settings of an open store. Zero means the default.
+type Options struct {
+	// ReadOnly opens without writing anything: the log is replayed in memory.
+	ReadOnly bool
+
+	// CheckpointBytes is the length of log after which a checkpoint is taken.
+	// Recovery reads at most about two of these. Default 256 MiB.
+	CheckpointBytes uint64
+
+	// CheckpointRecords is the number of records after which a checkpoint is
+	// taken; it bounds the memory of the overlay (about 100 bytes each, twice).
+	// Default 128 Ki.
+	CheckpointRecords uint64
+
+	// MapCacheBytes bounds the cache of map nodes. Default 32 MiB.
+	MapCacheBytes int64
+
+	// TrimLeaves is how many leaves of the map one checkpoint visits to work off
+	// large trims (rule R11). Default 4096.
+	TrimLeaves int
+
+	// NeedCommit is called, from any goroutine, when the store needs a commit
+	// to finish a checkpoint although nobody flushes. It must not block. It may
+	// be nil if the caller commits anyhow.
+	NeedCommit func()
+
+	// Warn is told of damage that was found and of other things that an
+	// administrator should know. It may be nil.
+	Warn func(msg string, err error)
+}
+
+func (o *Options) setDefaults() {
+	if o.CheckpointBytes == 0 {
+		o.CheckpointBytes = 256 << 20
+	}
+	if o.CheckpointRecords == 0 {
+		o.CheckpointRecords = 128 << 10
+	}
+	if o.MapCacheBytes == 0 {
+		o.MapCacheBytes = 32 << 20
+	}
+	if o.TrimLeaves == 0 {
+		o.TrimLeaves = 4096
+	}
+	if o.NeedCommit == nil {
+		o.NeedCommit = func() {}
+	}
+	if o.Warn == nil {
+		o.Warn = func(string, error) {}
+	}
+}
+
+// A Store is an open store. It owns its file from Open to Close.
+type Store struct {
+	geometry Geometry // immutable after Open
+	opts     Options
+	file     disk.File
+	segments *segments
+	nodes    *nodeStore
+	tree     *extents.Tree
+	log      *log // nil if read-only
+
+	failure  atomic.Pointer[error] // the first failed write or sync
+	snapshot atomic.Bool           // the next commit is to be a checkpoint's
+
+	syncing sync.Mutex // one sync at a time
+
+	reserved atomic.Int64 // blocks reserved for writes
+	entries  atomic.Int64 // extents in both overlays, about
+
+	mu struct {
+		sync.RWMutex
+		open     *extents.Overlay // of what was appended since the newest snapshot
+		merging  *extents.Overlay // of the snapshot being merged; nil if none is
+		trims    *extents.RangeSet
+		root     extents.Root
+		sequence uint64 // of the newest durable checkpoint, whose root and trims these are
+		closed   bool
+	}
+
+	progress struct {
+		sync.Mutex
+		cond     *sync.Cond
+		durable  uint64 // newest durable epoch
+		sequence uint64 // newest durable checkpoint
+		running  bool   // a checkpoint is
+	}
+	checkpoints sync.WaitGroup
+
+	recovery Recovery
+	metrics  struct {
+		reads, readBytes, corrupt, commits, syncs, checkpoints atomic.Uint64
+		dataRecords, dataBytes, storedBytes, rawRecords        atomic.Uint64
+	}
+}
+
+// Geometry is what the store was made with.
+func (s *Store) Geometry() Geometry { return s.geometry }
+
+// Err is the failed write or sync after which nothing can be stored any more,
+// nil if there was none.
+func (s *Store) Err() error {
+	if p := s.failure.Load(); p != nil {
+		return *p
+	}
+	return nil
+}
+
+// fail notes the first failure, wakes whoever waits, and returns the first.
+func (s *Store) fail(err error) error {
+	if s.failure.CompareAndSwap(nil, &err) {
+		s.opts.Warn("the store has failed and takes no more writes", err)
+	}
+	if s.progress.cond != nil {
+		s.progress.Lock()
+		s.progress.cond.Broadcast()
+		s.progress.Unlock()
+	}
+	return s.Err()
+}
+
+// AppendData appends one blob to the current epoch and enters it in the map. It
+// copies the parts and returns without waiting for the disk, unless all write
+// buffers are full.
+func (s *Store) AppendData(b extents.Blob) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	invariants.Assertf(b.Count > 0 && b.Count <= ExtentBlocksMax && b.Present != 0 && uint64(b.Present)>>b.Count == 0, "blob %d+%d %b", b.Start, b.Count, b.Present)
+	h := header{kind: recordData, codec: b.Codec, level: b.Level, start: b.Start, count: block.Count(b.Count), present: b.Present}
+	s.log.mu.Lock()
+	ref, err := s.log.appendLocked(h, b.Parts...)
+	if err == nil {
+		s.mu.Lock()
+		insertBlob(s.mu.open, extents.Data, h, ref)
+		s.entries.Store(s.overlayLenLocked())
+		s.mu.Unlock()
+	}
+	s.log.mu.Unlock()
+	if err != nil {
+		return err
+	}
+	n := uint64(bits.OnesCount32(b.Present)) * block.Size
+	s.metrics.dataRecords.Add(1)
+	s.metrics.dataBytes.Add(n)
+	s.metrics.storedBytes.Add(uint64(ref.length))
+	if b.Codec == 0 {
+		s.metrics.rawRecords.Add(1)
+	}
+	return nil
+}
+
+// insertBlob enters a data record in an overlay: a run of present blocks is an
+// extent of the blob, a run of absent ones a hole. With kind Lost the blob is
+// known to be damaged.
+func insertBlob(o *extents.Overlay, kind extents.Kind, h header, ref blobRef) {
+	addr := extents.Addr{Segment: ref.segment, Offset: ref.offset, Length: ref.length, Checksum: ref.checksum,
+		Blocks: uint8(bits.OnesCount32(h.present)), Codec: h.codec, Level: h.level}
+	skip := uint8(0)
+	for i := 0; i < int(h.count); {
+		rest := h.present >> i
+		e := extents.Extent{Start: h.start + block.Index(i)}
+		if rest&1 != 0 {
+			e.Kind = kind
+			if kind == extents.Data {
+				e.Skip, e.Addr = skip, addr
+			}
+			e.Count = block.Count(bits.TrailingZeros32(^rest))
+			skip += uint8(e.Count)
+		} else {
+			e.Count = min(block.Count(bits.TrailingZeros32(rest)), h.count-block.Count(i))
+		}
+		o.Insert(e)
+		i += int(e.Count)
+	}
+}
+
+// AppendHole appends a record that says that r reads as zeros from here on, and
+// enters it in the map. It does not walk the map, whatever the size of r.
+func (s *Store) AppendHole(r block.Range) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	if _, err := s.log.appendLocked(header{kind: recordHole, start: r.Start, count: r.Len()}); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.mu.open.Insert(extents.Extent{Start: r.Start, Count: r.Len(), Kind: extents.Hole})
+	s.entries.Store(s.overlayLenLocked())
+	s.mu.Unlock()
+	return nil
+}
+
+func (s *Store) overlayLenLocked() int64 {
+	n := s.mu.open.Len()
+	if s.mu.merging != nil {
+		n += s.mu.merging.Len()
+	}
+	return int64(n)
+}
+
+// AfterWrite has c told when everything appended so far has been handed to the
+// backing file. With now the buffers are not kept for more to come: the log is
+// padded to the next border.
+func (s *Store) AfterWrite(c Completion, now bool) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	s.log.completeLocked(c)
+	if now {
+		s.log.padLocked()
+	}
+	return nil
+}
+
+// Kick hands everything appended so far to the backing file.
+func (s *Store) Kick() {
+	if s.writable() == nil {
+		s.log.mu.Lock()
+		s.log.padLocked()
+		s.log.mu.Unlock()
+	}
+}
+
+// A Commit is a commit record that has been appended.
+type Commit struct {
+	Epoch   uint64
+	buffers uint64
+	snap    *snapshot
+}
+
+// AppendCommit closes the current epoch. Sync makes it durable. An epoch without
+// a record needs none: ok is false, and everything before is durable already.
+// REQUIRES: the Sync of the commit before has returned.
+func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
+	if err := s.writable(); err != nil {
+		return c, false, err
+	}
+	l := s.log
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.idleLocked() && !s.snapshot.Load() {
+		return c, false, nil
+	}
+	invariants.Assertf(l.mu.durable >= l.mu.epoch-1 || l.mu.durable == s.recovery.Epoch, "one commit in flight: %d durable, %d open", l.mu.durable, l.mu.epoch)
+	c.Epoch, c.buffers, err = l.commitLocked()
+	if err != nil {
+		return c, false, err
+	}
+	s.metrics.commits.Add(1)
+	if s.snapshot.Load() || l.mu.since >= s.opts.CheckpointBytes || l.mu.records >= s.opts.CheckpointRecords {
+		c.snap = s.takeSnapshot(c.Epoch)
+	}
+	return c, true, nil
+}
+
+// Sync makes c durable with one fdatasync. A failure is final: the store has
+// failed.
+func (s *Store) Sync(c Commit) error {
+	err := s.log.waitWritten(c.buffers)
+	if err == nil {
+		err = s.sync()
+	}
+	if err != nil {
+		return s.fail(fmt.Errorf("store: commit of epoch %d: %w", c.Epoch, err))
+	}
+	s.log.mu.Lock()
+	s.log.mu.durable = c.Epoch
+	s.log.mu.Unlock()
+	s.progress.Lock()
+	s.progress.durable = c.Epoch
+	s.progress.cond.Broadcast()
+	s.progress.Unlock()
+	if c.snap != nil {
+		s.checkpoints.Go(func() { s.checkpoint(c.snap) })
+	}
+	return nil
+}
+
+// sync is one fdatasync. They go one at a time, and a failure is noted before
+// the next begins: the kernel tells of lost pages once for each open file, and
+// which of two syncs at the same time is told says nothing about whose pages.
+func (s *Store) sync() error {
+	s.syncing.Lock()
+	defer s.syncing.Unlock()
+	s.metrics.syncs.Add(1)
+	if err := s.file.Sync(); err != nil {
+		return s.fail(fmt.Errorf("store: sync: %w", err))
+	}
+	return s.Err()
+}
+
+// Durable is the newest durable epoch.
+func (s *Store) Durable() uint64 {
+	s.progress.Lock()
+	defer s.progress.Unlock()
+	return s.progress.durable
+}
+
+func (s *Store) writable() error {
+	if s.log == nil {
+		return ErrReadOnly
+	}
+	return s.Err()
+}
+
+// A View keeps what the map refers to from being overwritten, so that places
+// found by Lookup stay readable until Close. It does not freeze the contents:
+// each Lookup sees the newest map.
+type View struct{ version uint64 }
+
+// View begins a view. It does not block.
+func (s *Store) View() View {
+	s.mu.RLock()
+	v := View{s.mu.sequence}
+	s.segments.pin(v.version)
+	s.mu.RUnlock()
+	return v
+}
+
+// Unview ends a view.
+func (s *Store) Unview(v View) { s.segments.unpin(v.version) }
+
+// Lookup appends to out the extents that cover r without gaps, in ascending
+// order, clipped to r. It may read map nodes. REQUIRES: an open View of the
+// caller's. A node that is damaged gives extents of kind Lost; err is another
+// failure to read it.
+func (s *Store) Lookup(r block.Range, out []extents.Extent) ([]extents.Extent, error) {
+	if r.Empty() {
+		return out, nil
+	}
+	s.mu.RLock()
+	root := s.mu.root
+	from := len(out)
+	out = s.lookupOverlaysLocked(r, out)
+	s.mu.RUnlock()
+
+	// What the overlays leave open is in the tree.
+	missing := false
+	for _, e := range out[from:] {
+		missing = missing || e.Kind == inTree
+	}
+	if !missing {
+		return out, nil
+	}
+	pieces := append([]extents.Extent(nil), out[from:]...)
+	out = out[:from]
+	for _, p := range pieces {
+		if p.Kind != inTree {
+			out = append(out, p)
+			continue
+		}
+		pos, end := p.Start, p.Range().End
+		err := s.tree.Lookup(root, p.Range(), func(e extents.Extent) error {
+			if e.Start > pos {
+				out = append(out, hole(block.Range{Start: pos, End: e.Start}))
+			}
+			out = append(out, e)
+			pos = e.Range().End
+			return nil
+		})
+		if err != nil {
+			return out, fmt.Errorf("store: look up %v: %w", p.Range(), err)
+		}
+		if pos < end {
+			out = append(out, hole(block.Range{Start: pos, End: end}))
+		}
+	}
+	return out, nil
+}
+
+// inTree marks, inside Lookup, a run that only the tree knows of.
+const inTree = extents.Kind(255)
+
+func hole(r block.Range) extents.Extent {
+	return extents.Extent{Start: r.Start, Count: r.Len(), Kind: extents.Hole}
+}
+
+// lookupOverlaysLocked covers r by what is in the open overlay, else in the one
+// being merged, else in the pending trims, else by runs of kind inTree.
+func (s *Store) lookupOverlaysLocked(r block.Range, out []extents.Extent) []extents.Extent {
+	trims := func(r block.Range) {
+		pos := r.Start
+		s.mu.trims.Visit(r, func(t block.Range) {
+			if t.Start > pos {
+				out = append(out, extents.Extent{Start: pos, Count: block.Count(t.Start - pos), Kind: inTree})
+			}
+			out = append(out, hole(t))
+			pos = t.End
+		})
+		if pos < r.End {
+			out = append(out, extents.Extent{Start: pos, Count: block.Count(r.End - pos), Kind: inTree})
+		}
+	}
+	layer := func(o *extents.Overlay, below func(block.Range)) func(block.Range) {
+		if o == nil {
+			return below
+		}
+		return func(r block.Range) {
+			pos := r.Start
+			o.Lookup(r, func(e extents.Extent) {
+				if e.Start > pos {
+					below(block.Range{Start: pos, End: e.Start})
+				}
+				out = append(out, e)
+				pos = e.Range().End
+			})
+			if pos < r.End {
+				below(block.Range{Start: pos, End: r.End})
+			}
+		}
+	}
+	layer(s.mu.open, layer(s.mu.merging, trims))(r)
+	return out
+}
+
+// ReadBlob reads the stored bytes of a blob into dst, which must be a.Length
+// long, and verifies their checksum. An error that wraps ErrCorrupt says that
+// they are not what was written. REQUIRES: the View under which a was looked up.
+func (s *Store) ReadBlob(dst []byte, a extents.Addr) error {
+	s.metrics.reads.Add(1)
+	s.metrics.readBytes.Add(uint64(a.Length))
+	return s.readBlob(dst, blobRef{a.Segment, a.Offset, a.Length, a.Checksum})
+}
+
+func (s *Store) readBlob(dst []byte, ref blobRef) error {
+	if uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) || ref.segment >= s.segments.total {
+		return fmt.Errorf("store: place %d+%d of segment %d is outside of it: %w", ref.offset, ref.length, ref.segment, ErrCorrupt)
+	}
+	off := s.segments.base(ref.segment) + int64(ref.offset)
+	n, err := s.file.ReadAt(dst[:ref.length], off)
+	if n < int(ref.length) && err != nil && !errors.Is(err, io.EOF) {
+		return fmt.Errorf("store: read %d bytes at %d of segment %d: %w", ref.length, ref.offset, ref.segment, err)
+	}
+	clear(dst[n:ref.length])
+	if sum := crc32.Update(s.segments.seed(ref.segment), castagnoli, dst[:ref.length]); sum != ref.checksum {
+		s.metrics.corrupt.Add(1)
+		return fmt.Errorf("store: %d bytes at %d of segment %d (file offset %d): checksum %08x, want %08x: %w",
+			ref.length, ref.offset, ref.segment, off, sum, ref.checksum, ErrCorrupt)
+	}
+	return nil
+}
+
+// Reserve promises space for n blocks of writes in their worst case, in
+// segments that have space on the host. It may ask the host for more. If there
+// is none, the error wraps ErrNoSpace and nothing is reserved; space that a
+// checkpoint would free is not waited for.
+func (s *Store) Reserve(n block.Count) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if err := s.waitOverlay(); err != nil {
+		return err
+	}
+	total := s.reserved.Add(int64(n))
+	free, warm := s.segments.room()
+	need := uint64(total)*blockWorst + s.mapWorst(uint64(total))
+	want := uint64(reserveSegments) + (need+s.segments.usable()-1)/s.segments.usable()
+	if want > uint64(free) {
+		s.reserved.Add(-int64(n))
+		return fmt.Errorf("store: %d blocks need %d segments, %d are free: %w", total, want, free, ErrNoSpace)
+	}
+	if want > uint64(warm) {
+		if err := s.segments.ensure(s.file, uint32(want)); err != nil {
+			s.reserved.Add(-int64(n))
+			return err
+		}
+	}
+	return nil
+}
+
+// waitOverlay blocks while the overlays have grown so much that writes must wait
+// for the checkpoint that is running.
+func (s *Store) waitOverlay() error {
+	full := func() bool { return uint64(s.entries.Load()) > 4*s.opts.CheckpointRecords }
+	if !full() {
+		return nil
+	}
+	s.progress.Lock()
+	defer s.progress.Unlock()
+	for full() && s.Err() == nil {
+		s.opts.NeedCommit()
+		s.progress.cond.Wait()
+	}
+	return s.Err()
+}
+
+// Release gives back what Reserve promised for n blocks: they have been
+// appended, or will not be.
+func (s *Store) Release(n block.Count) {
+	if left := s.reserved.Add(-int64(n)); left < 0 {
+		invariants.Assertf(false, "%d blocks reserved", left)
+	}
+}
+
+// blockWorst is what one block takes at worst: a record of its own, raw.
+const blockWorst = block.Size + recordHeader
+
+// mapWorst is the most that two checkpoints may append for n more blocks: one
+// leaf for each change, though no more than there are leaves.
+func (s *Store) mapWorst(n uint64) uint64 {
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	changes := uint64(s.entries.Load()) + n
+	return 2 * extents.NodeSizeMax * min(2*changes, nodes+changes/128+2)
+}
