@@ -555,3 +555,28 @@ func (w *Writeback) Background(ctx context.Context, es *Epochs, c *Control, pres
 	}
 	return nil
 }
+
+// Metrics count what writeback has done.
+type Metrics struct {
+	Finds          uint64 `json:"finds"`           // find-and-lock attempts
+	Busy           uint64 `json:"busy"`            // of them, a page had gone
+	Retests        uint64 `json:"retests"`         // of them, the range had changed before it was locked
+	HandOffs       uint64 `json:"hand_offs"`       // ranges
+	Pages          uint64 `json:"pages"`           // handed off
+	Holes          uint64 `json:"holes"`           // hole ranges handed off
+	Chunks         uint64 `json:"chunks"`          // queued
+	Encoded        uint64 `json:"encoded"`         // pieces stored compressed
+	Raw            uint64 `json:"raw"`             // pieces stored as they are
+	Zero           uint64 `json:"zero"`            // pieces of zeros, stored as holes
+	EncodeFailures uint64 `json:"encode_failures"` // chunks stored raw since the encoder failed
+}
+
+// Metrics is a snapshot.
+func (w *Writeback) Metrics() Metrics {
+	m := &w.metrics
+	return Metrics{
+		Finds: m.finds.Load(), Busy: m.busy.Load(), Retests: m.retests.Load(), HandOffs: m.handOffs.Load(),
+		Pages: m.pages.Load(), Holes: m.holes.Load(), Chunks: m.chunks.Load(), Encoded: m.encoded.Load(),
+		Raw: m.raw.Load(), Zero: m.zeroPieces.Load(), EncodeFailures: m.encodeFailures.Load(),
+	}
+}

@@ -132,6 +132,7 @@ type Device struct {
 	queue    *asyncq.Queue       // nil if read-only
 	back     *delalloc.Writeback // nil if read-only
 	flusher  *delalloc.Flusher   // nil if read-only
+	codec    compression.Setting
 	decoder  *compression.Decoder
 	scratch  *buffer.Pool // stored and decoded bytes of extents being read
 
@@ -187,26 +188,20 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	if d.scratch, err = buffer.NewPool(2*store.ExtentBlocksMax*block.Size, readScratch); err != nil {
 		return nil, fmt.Errorf("device: %w", err)
 	}
-	if d.decoder, err = compression.NewDecoder(runtime.GOMAXPROCS(0)); err != nil {
-		return nil, fmt.Errorf("device: %w", err)
+	d.decoder = compression.NewDecoder(runtime.GOMAXPROCS(0))
+	d.codec = compression.Setting{Codec: compression.Codec(d.geometry.Codec), Level: compression.Level(d.geometry.Level)}
+	if o.Codec != nil {
+		d.codec = *o.Codec
 	}
 	if o.ReadOnly {
 		return d, nil
-	}
-	setting := compression.Setting{Codec: compression.Codec(d.geometry.Codec), Level: compression.Level(d.geometry.Level)}
-	if o.Codec != nil {
-		setting = *o.Codec
-	}
-	transform, err := newCompressor(setting, o.Workers)
-	if err != nil {
-		return nil, fmt.Errorf("device: %w", err)
 	}
 	// Tokens for half of what can be dirty, so that a hand-off never takes all
 	// that writers could use.
 	inFlight := min(64<<20, max(o.CacheBytes/4, 1<<20))
 	d.queue = asyncq.New(asyncq.Options{Workers: o.Workers, BytesMax: inFlight, BytesLow: inFlight / 2})
 	d.back = delalloc.New(delalloc.Options{
-		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: transform,
+		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers),
 		Workers: o.Workers, ExtentBlocks: int(d.geometry.ExtentBlocks),
 	})
 	d.flusher = delalloc.StartFlusher(delalloc.FlusherOptions{
@@ -248,26 +243,6 @@ func (l storeLog) AppendCommit() (sync func() error, ok bool, err error) {
 		return nil, ok, err
 	}
 	return func() error { return l.Store.Sync(c) }, true, nil
-}
-
-// compressor is the transform of the writeback.
-type compressor struct {
-	setting  compression.Setting
-	encoders []*compression.Encoder // by worker
-	memory   *compression.RegionMemory
-}
-
-// newCompressor makes one encoder for each worker.
-func newCompressor(s compression.Setting, workers int) (*compressor, error) {
-	c := &compressor{setting: s, memory: compression.NewRegionMemory()}
-	for range workers {
-		e, err := compression.NewEncoder()
-		if err != nil {
-			return nil, err
-		}
-		c.encoders = append(c.encoders, e)
-	}
-	return c, nil
 }
 
 // Close ends the device in the orderly way: everything is committed, a
@@ -315,7 +290,10 @@ func (d *Device) shut() bool {
 	return was
 }
 
-func (d *Device) free() error { return errors.Join(d.cache.Close(), d.scratch.Close()) }
+func (d *Device) free() error {
+	d.decoder.Close()
+	return errors.Join(d.cache.Close(), d.scratch.Close())
+}
 
 // Bytes is the size of the device in bytes.
 func (d *Device) Bytes() uint64 { return d.geometry.DeviceSize }
@@ -419,4 +397,71 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 		done += step
 	}
 	return len(p), nil
+}
+
+// A Status is what an administrator wants to know of a device.
+type Status struct {
+	UUID        string  `json:"uuid"`
+	DeviceSize  uint64  `json:"device_size"`
+	Capacity    uint64  `json:"capacity"`
+	SegmentSize uint32  `json:"segment_size"`
+	ExtentSize  uint32  `json:"extent_size"`
+	Codec       string  `json:"codec"` // for new data
+	ReadOnly    bool    `json:"read_only"`
+	Healthy     bool    `json:"healthy"`
+	DirtyBytes  uint64  `json:"dirty_bytes"`    // not yet in the log
+	Ratio       float64 `json:"ratio"`          // data bytes by stored bytes
+	Overhead    uint64  `json:"overhead_bytes"` // host bytes that are not stored data
+
+	Store     store.Stats       `json:"store"`
+	Recovery  store.Recovery    `json:"recovery"`
+	Cache     pagecache.Metrics `json:"cache"`
+	Writeback delalloc.Metrics  `json:"writeback"`
+	Reads     ReadMetrics       `json:"reads"`
+}
+
+// ReadMetrics count what reads had to do since the device was opened.
+type ReadMetrics struct {
+	Misses           uint64 `json:"misses"`     // requests, or parts, that were not in the cache
+	Lookups          uint64 `json:"lookups"`    // of the map
+	Decodes          uint64 `json:"decodes"`    // blobs read and decoded
+	Neighbours       uint64 `json:"neighbours"` // pages filled beside those asked for
+	Bookends         uint64 `json:"bookends"`   // blobs read that were overwritten in part
+	Holes            uint64 `json:"holes"`      // runs answered as zeros
+	Stale            uint64 `json:"stale"`      // neighbours not filled since the map had changed
+	Errors           uint64 `json:"errors"`
+	ReadModifyWrites uint64 `json:"read_modify_writes"`
+	Retries          uint64 `json:"read_modify_write_retries"`
+}
+
+// Status gathers the state of the device. On a device that can be written it
+// takes a checkpoint first, so that the sizes are those of what was committed.
+func (d *Device) Status(ctx context.Context) (Status, error) {
+	if !d.opts.ReadOnly && d.store.Err() == nil {
+		if err := d.store.Checkpoint(); err != nil {
+			return Status{}, fmt.Errorf("device: %w", err)
+		}
+	}
+	stats, err := d.store.Stats()
+	if err != nil {
+		return Status{}, err
+	}
+	g, m := d.geometry, &d.metrics
+	st := Status{
+		UUID: g.UUID.String(), DeviceSize: g.DeviceSize, Capacity: g.Capacity, SegmentSize: g.SegmentSize,
+		ExtentSize: g.ExtentBlocks * block.Size, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,
+		Healthy: stats.Failure == "" && stats.Corrupt == 0, DirtyBytes: d.cache.DirtyBlocks().Bytes(),
+		Ratio: stats.Ratio(), Overhead: stats.HostBytes - min(stats.HostBytes, stats.StoredBytes),
+		Store: stats, Recovery: d.store.Recovery(), Cache: d.cache.Metrics(),
+		Reads: ReadMetrics{
+			Misses: m.misses.Load(), Lookups: m.lookups.Load(), Decodes: m.decodes.Load(),
+			Neighbours: m.neighbours.Load(), Bookends: m.bookends.Load(), Holes: m.holesRead.Load(),
+			Stale: m.stale.Load(), Errors: m.readErrors.Load(),
+			ReadModifyWrites: m.rmws.Load(), Retries: m.rmwRetries.Load(),
+		},
+	}
+	if d.back != nil {
+		st.Writeback = d.back.Metrics()
+	}
+	return st, nil
 }

@@ -289,5 +289,10 @@ func (d *Device) decodeInto(buf []byte, a extents.Addr) ([]byte, error) {
 		}
 		return stored, nil
 	}
-	return d.decoder.Decode(buf[:0:half], stored, codec, size)
+	blob, err := d.decoder.Decode(buf[:0:half], stored, codec, size)
+	if err != nil {
+		// The checksum was right: it is our mistake, or a crafted store.
+		return nil, fmt.Errorf("blob at %d of segment %d: %w: %w", a.Offset, a.Segment, store.ErrCorrupt, err)
+	}
+	return blob, nil
 }

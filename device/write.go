@@ -337,17 +337,13 @@ func (o *oldBlock) release(d *Device) {
 const dirtyRangesMax = 64 << 10
 
 // Trim makes the whole blocks inside [off, off+n) read as zeros and frees their
-// space; at the end of the device a block that it ends in counts as whole. It
-// is answered at once whatever the range; with fua it is durable.
+// space; the parts of blocks at the edges keep their data. It is answered at
+// once whatever the range; with fua it is durable.
 func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 	if err := d.checkWrite(off, n); err != nil {
 		return err
 	}
-	r := block.Within(off, n)
-	if n > 0 && off+n == d.geometry.DeviceSize {
-		r = block.Within(off, d.blocks.End.Bytes()-off)
-	}
-	if !r.Empty() {
+	if r := block.Within(off, n); !r.Empty() {
 		if err := d.bound(ctx); err != nil {
 			return err
 		}

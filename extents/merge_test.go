@@ -25,6 +25,7 @@ type mapModel struct {
 	overlay *Overlay
 	pending *RangeSet
 	cells   mapCells
+	got     mapCells // for compose
 	usage   *usageTotals
 	leaked  *usageTotals // of nodes that were found unreadable
 }
@@ -32,7 +33,7 @@ type mapModel struct {
 func newMapModel(t *testing.T, rand *rand.Rand, blocks, nodeSize int, opts TreeOptions) *mapModel {
 	m := &mapModel{
 		t: t, rand: rand, maker: blobMaker{rand: rand}, store: newMemNodes(),
-		overlay: NewOverlay(), pending: NewRangeSet(), cells: make(mapCells, blocks),
+		overlay: NewOverlay(), pending: NewRangeSet(), cells: make(mapCells, blocks), got: make(mapCells, blocks),
 		usage: newUsageTotals(), leaked: newUsageTotals(),
 	}
 	m.tree = NewTree(m.store, opts)
@@ -46,10 +47,9 @@ func (m *mapModel) insert(e Extent) {
 	m.cells.paint(e)
 }
 
-// compose is what the map says of r, asked as the store asks.
-func compose(t testing.TB, tree *Tree, root Root, pending *RangeSet, overlay *Overlay, r block.Range, blocks int) mapCells {
+// compose says in cells what the map says of r, asked as the store asks.
+func compose(t testing.TB, tree *Tree, root Root, pending *RangeSet, overlay *Overlay, r block.Range, cells mapCells) mapCells {
 	t.Helper()
-	cells := make(mapCells, blocks)
 	if !r.Empty() {
 		cells.paint(Extent{Start: r.Start, Count: r.Len()})
 	}
@@ -72,31 +72,37 @@ func compose(t testing.TB, tree *Tree, root Root, pending *RangeSet, overlay *Ov
 // check compares the map with the model over r.
 func (m *mapModel) check(what string, r block.Range) {
 	m.t.Helper()
-	compose(m.t, m.tree, m.root, m.pending, m.overlay, r, len(m.cells)).diff(m.t, what, m.cells, r)
+	compose(m.t, m.tree, m.root, m.pending, m.overlay, r, m.got).diff(m.t, what, m.cells, r)
 }
 
 func (m *mapModel) all() block.Range { return rng(0, block.Index(len(m.cells))) }
+
+// stream writes blocks start to end.
+func (m *mapModel) stream(start, end int) {
+	for at := block.Index(start); ; {
+		e := m.maker.extent(at)
+		if at = e.Range().End; at > block.Index(end) {
+			return
+		}
+		m.insert(e)
+	}
+}
 
 // change makes some random changes.
 func (m *mapModel) change() {
 	n := len(m.cells)
 	switch m.rand.IntN(6) {
 	case 0: // a stream
-		for at := block.Index(m.rand.IntN(n)); m.rand.IntN(200) != 0; {
-			e := m.maker.extent(at)
-			if at = e.Range().End; at > block.Index(n) {
-				break
-			}
-			m.insert(e)
-		}
+		start := m.rand.IntN(n)
+		m.stream(start, start+m.rand.IntN(n-start))
 	case 1: // one place, many times
 		at := m.rand.IntN(n - 64)
 		for range m.rand.IntN(100) {
 			m.insert(m.maker.extent(block.Index(at + m.rand.IntN(32))))
 		}
-	case 2: // nearly all is trimmed
-		if m.rand.IntN(4) == 0 {
-			m.insert(holeExtent(block.Index(m.rand.IntN(n/4)), block.Index(n-m.rand.IntN(n/4))))
+	case 2: // much is trimmed
+		if m.rand.IntN(3) == 0 {
+			m.insert(holeExtent(block.Index(m.rand.IntN(n/2)), block.Index(n-m.rand.IntN(n/2))))
 		}
 	case 3: // nothing
 	default:
@@ -261,11 +267,11 @@ func TestMergeModel(t *testing.T) {
 		blobMax   int
 		heightMin uint8 // that the tree must have reached
 	}{
-		{"small nodes", 256, 12000, 40, 0, false, 20, 4, 4},
-		{"small nodes, little cache, no budget", 200, 12000, 40, 4 << 10, false, 0, 32, 3},
-		{"full-size nodes", NodeSizeMax, 60000, 30, 0, false, 2, 2, 2},
-		{"damage", 256, 12000, 60, 1, true, 20, 8, 3},
-		{"damage in a small tree", 256, 400, 200, 1, true, 2, 8, 2},
+		{"small nodes", 160, 8000, 20, 0, false, 20, 4, 4},
+		{"small nodes, little cache, no budget", 200, 8000, 20, 4 << 10, false, 0, 32, 3},
+		{"full-size nodes", NodeSizeMax, 30000, 10, 0, false, 2, 2, 2},
+		{"damage", 200, 8000, 30, 1, true, 20, 8, 3},
+		{"damage in a small tree", 256, 400, 100, 1, true, 2, 8, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rand := rand.New(rand.NewPCG(seed, uint64(100+i)))
@@ -274,6 +280,7 @@ func TestMergeModel(t *testing.T) {
 			for range stateScale() {
 				m := newMapModel(t, rand, c.blocks, c.nodeSize, TreeOptions{CacheBytes: c.cache})
 				m.maker.blobMax = c.blobMax
+				m.stream(0, c.blocks)
 				type snapshot struct {
 					root    Root
 					pending *RangeSet
@@ -304,7 +311,7 @@ func TestMergeModel(t *testing.T) {
 						continue
 					}
 					if old.cells != nil {
-						compose(t, m.tree, old.root, old.pending, NewOverlay(), m.all(), c.blocks).diff(t, "an older root", old.cells, m.all())
+						compose(t, m.tree, old.root, old.pending, NewOverlay(), m.all(), m.got).diff(t, "an older root", old.cells, m.all())
 					}
 					if rand.IntN(4) == 0 {
 						old = snapshot{m.root, m.pending, slices.Clone(m.cells)}
@@ -394,20 +401,20 @@ func TestMergeBigTrim(t *testing.T) {
 
 // Cost is that of the leaves that are touched.
 func TestMergeIsLocal(t *testing.T) {
-	tree, store, root := bulkTree(t, 50000, 10, false)
+	tree, store, root := bulkTree(t, 20000, 5, false)
 	for _, c := range []struct {
 		name          string
 		e             Extent
 		writes, calls int
 	}{
-		{"overwrite", dataExtent(32*25000, 5, 16), int(root.Height), 2},
-		{"write into a hole", dataExtent(32*25000+20, 5, 4), int(root.Height), 1},
-		{"append", dataExtent(32*50000, 5, 4), int(root.Height), 1},
-		{"trim one", holeExtent(32*25000, 32*25000+16), int(root.Height), 1},
-		{"trim part of one", holeExtent(32*25000+3, 32*25000+5), int(root.Height), 1},
-		{"trim a hole", holeExtent(32*25000+16, 32*25000+32), 0, 0},
-		{"trim behind the end", holeExtent(32*50000, 1<<40), 0, 0},
-		{"trim inside nothing but holes at the ends", holeExtent(32*25000-10, 32*25000), 0, 0},
+		{"overwrite", dataExtent(32*10000, 5, 16), int(root.Height), 2},
+		{"write into a hole", dataExtent(32*10000+20, 5, 4), int(root.Height), 1},
+		{"append", dataExtent(32*20000, 5, 4), int(root.Height), 1},
+		{"trim one", holeExtent(32*10000, 32*10000+16), int(root.Height), 1},
+		{"trim part of one", holeExtent(32*10000+3, 32*10000+5), int(root.Height), 1},
+		{"trim a hole", holeExtent(32*10000+16, 32*10000+32), 0, 0},
+		{"trim behind the end", holeExtent(32*20000, 1<<40), 0, 0},
+		{"trim inside nothing but holes at the ends", holeExtent(32*10000-10, 32*10000), 0, 0},
 	} {
 		o := NewOverlay()
 		o.Insert(c.e)
@@ -438,7 +445,7 @@ func TestMergeIsLocal(t *testing.T) {
 // Leaves that were thinned out are put together, so that a tree that shrank is
 // not slower than one that never was large.
 func TestMergeCoalesces(t *testing.T) {
-	const n = 50000
+	const n = 20000
 	for _, oneByOne := range []bool{false, true} {
 		tree, _, root := bulkTree(t, n, 1, true)
 		nodes := root.Nodes
@@ -448,7 +455,7 @@ func TestMergeCoalesces(t *testing.T) {
 			if i%16 != 0 {
 				overlay.Insert(holeExtent(block.Index(i)*32, block.Index(i+1)*32))
 			}
-			if i == n-1 || oneByOne && i%300 == 0 {
+			if i == n-1 || oneByOne && i%500 == 0 {
 				if root, _, err = tree.Merge(root, overlay, nil, 0, newUsageTotals()); err != nil {
 					t.Fatal(err)
 				}
@@ -466,7 +473,7 @@ func TestMergeCoalesces(t *testing.T) {
 func TestMergeStreams(t *testing.T) {
 	overlay := NewOverlay()
 	maker := blobMaker{rand: rand.New(rand.NewPCG(1, 1))}
-	const n = 100000
+	const n = 50000
 	for i := range n {
 		overlay.Insert(maker.extent(block.Index(i) * 40))
 	}

@@ -146,7 +146,7 @@ func bulkTree(t testing.TB, n, merges int, sequential bool) (*Tree, *memNodes, R
 func TestTreeMillion(t *testing.T) {
 	n := 1_000_000
 	if invariants.Enabled {
-		n = 100_000 // every node written is decoded again
+		n = 50_000 // every node written is decoded again
 	}
 	for _, c := range []struct {
 		name       string

@@ -92,7 +92,7 @@ func (d *memDisk) pieces(off uint64, n uint32) (segs [][]byte) {
 	return segs
 }
 
-var poison = [4096]byte{0: 0xdb, 1: 0xdb, 2: 0xdb, 3: 0xdb, 4095: 0xdb}
+var poison = bytes.Repeat([]byte{0xdb}, 4096)
 
 type memPayload struct {
 	d    *memDisk
@@ -127,7 +127,7 @@ func (p *memPayload) Release() {
 	p.gone = true
 	for _, s := range p.segs { // whoever still sends it is found out
 		for len(s) > 0 {
-			s = s[copy(s, poison[:]):]
+			s = s[copy(s, poison):]
 		}
 	}
 	p.d.payloads.Add(-1)
@@ -216,6 +216,13 @@ func (d *memDisk) Flush(ctx context.Context) error {
 	defer d.mu.Unlock()
 	copy(d.durable, d.data)
 	return nil
+}
+
+// contents are copies of what d holds and of what a power cut would leave.
+func (d *memDisk) contents() (data, durable []byte) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	return bytes.Clone(d.data), bytes.Clone(d.durable)
 }
 
 // idle fails the test if memory of d is still handed out.

@@ -44,7 +44,7 @@ func TestRandomClients(t *testing.T) {
 						noise: noise,
 					}
 					group.Go(func() {
-						for range 100 * testScale(t) {
+						for range 60 * testScale(t) {
 							if !m.step() {
 								return
 							}

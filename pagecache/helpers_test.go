@@ -172,3 +172,31 @@ func mustPanic(t *testing.T, what string, f func()) {
 	}()
 	f()
 }
+
+// edges counts how often a test went each way that a block can go.
+type edges map[string]uint64
+
+func (e edges) add(x Metrics) {
+	for name, n := range map[string]uint64{
+		"Hits": x.Hits, "HoleHits": x.HoleHits, "FillWaits": x.FillWaits, "Misses": x.Misses, "Neighbours": x.Neighbours,
+		"Fills": x.Fills, "LateFills": x.LateFills, "Abandons": x.Abandons, "WritesAbsent": x.WritesAbsent,
+		"WritesClean": x.WritesClean, "WritesDirty": x.WritesDirty, "WritesFrozen": x.WritesFrozen, "WritesWriteback": x.WritesWriteback,
+		"TrimsClean": x.TrimsClean, "TrimsDirty": x.TrimsDirty, "TrimsFrozen": x.TrimsFrozen, "TrimsWriteback": x.TrimsWriteback,
+		"FindLocks": x.FindLocks, "BusyPages": x.BusyPages, "LocksLost": x.LocksLost, "HandOffs": x.HandOffs,
+		"WritebacksClean": x.WritebacksClean, "WritebacksDetached": x.WritebacksDetached, "Evictions": x.Evictions,
+	} {
+		e[name] += n
+	}
+}
+
+// check fails the test if it never went one of them: then it does not show what
+// it is there to show.
+func (e edges) check(t *testing.T) {
+	t.Helper()
+	for name, n := range e {
+		if n == 0 {
+			t.Errorf("the test never met %s", name)
+		}
+	}
+	t.Logf("met %v", map[string]uint64(e))
+}

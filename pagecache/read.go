@@ -228,3 +228,12 @@ func (sh *shard) withdraw(b block.Index) bool {
 	}
 	return true
 }
+
+// Stands reports whether cl has not been withdrawn by a write, trim or hole: what
+// the map said of its block after it was made is still the newest.
+func (c *Cache) Stands(cl Claim) bool {
+	sh, _ := c.home(cl.block)
+	sh.mu.Lock()
+	defer sh.mu.Unlock()
+	return sh.stands(cl)
+}

@@ -49,14 +49,14 @@ func (s *Store) checkpoint(snap *snapshot) {
 
 func (s *Store) runCheckpoint(snap *snapshot) error {
 	s.mu.RLock()
-	root, trims, sequence := s.mu.root, s.mu.trims, s.mu.sequence
+	root, trims, sequence, totals := s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes
 	s.mu.RUnlock()
 
-	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, accounting{s.segments})
+	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, &accounting{s.segments, &totals})
 	if err != nil {
 		return err
 	}
-	sb := &superblock{Geometry: s.geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root}
+	sb := &superblock{Geometry: s.geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root, nodes: totals}
 	s.segments.markEmpty(sb.sequence, snap.replay.serial)
 	epoch := s.nodes.epoch
 	if sb.usage, sb.segments, err = s.appendUsage(&epoch); err != nil {
@@ -76,7 +76,7 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 		return err
 	}
 	s.mu.Lock()
-	s.mu.root, s.mu.trims, s.mu.sequence = root, trims, sb.sequence
+	s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes = root, trims, sb.sequence, totals
 	s.mu.merging = nil
 	s.entries.Store(s.overlayLenLocked())
 	s.mu.Unlock()
@@ -176,19 +176,22 @@ func (s *Store) Checkpoint() error {
 	return s.Err()
 }
 
-// accounting is the tree's view of the segment table.
-type accounting struct{ t *segments }
+// accounting is the tree's view of the segment table, and sums the nodes up.
+type accounting struct {
+	segments *segments
+	nodes    *nodeTotals
+}
 
 // Extent implements extents.Usage.
-func (a accounting) Extent(e extents.Extent, delta int) {
-	a.t.account(e.Addr.Segment, int64(delta)*int64(e.Count), int64(delta)*int64(e.LiveBytes()))
+func (a *accounting) Extent(e extents.Extent, delta int) {
+	a.segments.account(e.Addr.Segment, int64(delta)*int64(e.Count), int64(delta)*int64(e.LiveBytes()))
 }
 
 // Node implements extents.Usage.
-func (a accounting) Node(p extents.Pointer, delta int) {
+func (a *accounting) Node(p extents.Pointer, delta int) {
 	for _, at := range p.Places[:p.Copies] {
-		a.t.account(at.Segment, int64(delta), int64(delta)*int64(p.Length))
+		a.segments.account(at.Segment, int64(delta), int64(delta)*int64(p.Length))
+		a.nodes.copies += uint64(delta)
+		a.nodes.bytes += uint64(delta * int(p.Length))
 	}
 }
-
-var _ extents.Usage = accounting{}

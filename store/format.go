@@ -163,7 +163,9 @@ type blobRef struct {
 //	120   16  pending trims: record (length 0: none)
 //	136   96  root of the extent map (package extents)
 //	232   8   entries of the segment table
-//	240   …   reserved
+//	240   8   copies of map nodes that are referred to
+//	248   8   bytes of them
+//	256   …   reserved
 //	4092  4   CRC-32C of bytes 0 to 4091
 type superblock struct {
 	Geometry
@@ -174,7 +176,11 @@ type superblock struct {
 	trims    blobRef
 	root     extents.Root
 	segments uint64
+	nodes    nodeTotals
 }
+
+// nodeTotals are what the nodes of the map take: the copies, and their bytes.
+type nodeTotals struct{ copies, bytes uint64 }
 
 const (
 	superRoot     = 136
@@ -205,6 +211,8 @@ func (sb *superblock) encode() []byte {
 	putBlobRef(b[120:], sb.trims)
 	sb.root.Append(b[:superRoot])
 	le.PutUint64(b[232:], sb.segments)
+	le.PutUint64(b[240:], sb.nodes.copies)
+	le.PutUint64(b[248:], sb.nodes.bytes)
 	le.PutUint32(b[4092:], crc32.Checksum(b[:4092], castagnoli))
 	return b
 }
@@ -234,6 +242,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 		usage:    getBlobRef(b[104:]),
 		trims:    getBlobRef(b[120:]),
 		segments: le.Uint64(b[232:]),
+		nodes:    nodeTotals{le.Uint64(b[240:]), le.Uint64(b[248:])},
 	}
 	copy(sb.UUID[:], b[16:32])
 	if err := sb.Validate(); err != nil {
@@ -247,7 +256,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if n := sb.Segments(); sb.replay.segment >= n || sb.segments > uint64(n) || sb.replay.offset > sb.SegmentSize {
 		return nil, fmt.Errorf("superblock: replay from segment %d of %d: %w", sb.replay.segment, n, ErrCorrupt)
 	}
-	if !allZero(b[12:16]) || !allZero(b[58:64]) || !allZero(b[240:4092]) || !allZero(b[superRoot+extents.RootSize:232]) {
+	if !allZero(b[12:16]) || !allZero(b[58:64]) || !allZero(b[256:4092]) || !allZero(b[superRoot+extents.RootSize:232]) {
 		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
 	}
 	return sb, nil

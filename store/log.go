@@ -87,7 +87,7 @@ func (l *log) start(head segmentHead, epoch, durable uint64) {
 	l.free = make(chan *writeBuffer, writeBuffers)
 	l.queue = make(chan *writeBuffer, writeBuffers)
 	for range writeBuffers {
-		l.free <- &writeBuffer{data: make([]byte, 0, writeBufferSize)}
+		l.free <- &writeBuffer{}
 	}
 	l.done.Add(1)
 	go l.writeLoop()
@@ -154,12 +154,10 @@ func (l *log) waitWritten(n uint64) error {
 // and that p fits into the segment.
 func (l *log) copyLocked(p []byte) {
 	for len(p) > 0 {
-		b := l.mu.buffer
-		if b == nil {
-			b = <-l.free
-			b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
-			l.mu.buffer = b
+		if l.mu.buffer == nil {
+			l.takeBufferLocked()
 		}
+		b := l.mu.buffer
 		n := min(len(p), cap(b.data)-len(b.data))
 		b.data = append(b.data, p[:n]...)
 		p = p[n:]
@@ -168,6 +166,17 @@ func (l *log) copyLocked(p []byte) {
 			l.handOverLocked()
 		}
 	}
+}
+
+// takeBufferLocked waits for an empty buffer and makes it the one for what comes
+// next.
+func (l *log) takeBufferLocked() {
+	b := <-l.free
+	if b.data == nil {
+		b.data = make([]byte, 0, min(writeBufferSize, l.segments.size))
+	}
+	b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
+	l.mu.buffer = b
 }
 
 // handOverLocked queues the buffer as it is, if there is one.
@@ -189,17 +198,15 @@ func (l *log) padLocked() {
 	l.handOverLocked()
 }
 
-// complete has c told when everything appended so far is written. REQUIRES: l.mu held.
+// completeLocked has c told when everything appended so far is written. REQUIRES: l.mu held.
 func (l *log) completeLocked(c Completion) {
 	if b := l.mu.buffer; b != nil {
 		b.completions = append(b.completions, c)
 		return
 	}
 	// All of it is queued: an empty buffer goes behind it.
-	b := <-l.free
-	b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
-	b.completions = append(b.completions, c)
-	l.mu.buffer = b
+	l.takeBufferLocked()
+	l.mu.buffer.completions = append(l.mu.buffer.completions, c)
 	l.handOverLocked()
 }
 

@@ -260,7 +260,7 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 			return fmt.Errorf("store: pending trims: %w", err)
 		}
 	}
-	s.mu.root, s.mu.sequence = sb.root, sb.sequence
+	s.mu.root, s.mu.sequence, s.mu.nodes = sb.root, sb.sequence, sb.nodes
 	// What the two newest checkpoints do not need is free (rule R4); the log
 	// behind them takes back what it has been given since.
 	t.release(sb.sequence)

@@ -154,7 +154,7 @@ const readChunk = 1 << 20
 func (sc *scanner) scan(sb *superblock) error {
 	s := sc.s
 	sc.heads = make(map[uint64]segmentHead)
-	sc.buf = make([]byte, 2*readChunk)
+	sc.buf = make([]byte, min(readChunk, s.segments.size))
 	var head segmentHead
 	from := uint32(segmentData)
 	if sb.replay.serial == 0 {
@@ -226,6 +226,9 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 		n = min(n, limit-off)
 		if off < start || uint64(off)+uint64(n) > uint64(start)+uint64(len(window)) {
 			want := min(max(n, readChunk), limit-off)
+			if want > uint32(len(sc.buf)) {
+				sc.buf = make([]byte, want)
+			}
 			k, err := s.file.ReadAt(sc.buf[:want], base+int64(off))
 			if err != nil && !errors.Is(err, io.EOF) {
 				return nil, fmt.Errorf("store: read segment %d at %d: %w", head.number, off, err)

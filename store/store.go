@@ -140,6 +140,7 @@ type Store struct {
 		merging  *extents.Overlay // of the snapshot being merged; nil if none is
 		trims    *extents.RangeSet
 		root     extents.Root
+		nodes    nodeTotals
 		sequence uint64 // of the newest durable checkpoint, whose root and trims these are
 		closed   bool
 	}
@@ -404,8 +405,16 @@ func (s *Store) Lookup(r block.Range, out []extents.Extent) ([]extents.Extent, e
 	from := len(out)
 	out = s.lookupOverlaysLocked(r, out)
 	s.mu.RUnlock()
+	return s.lookupTree(root, out, from)
+}
 
-	// What the overlays leave open is in the tree.
+// lookupLocked is Lookup. REQUIRES: s.mu held for reading.
+func (s *Store) lookupLocked(r block.Range) ([]extents.Extent, error) {
+	return s.lookupTree(s.mu.root, s.lookupOverlaysLocked(r, nil), 0)
+}
+
+// lookupTree replaces the runs of kind inTree in out[from:] by what the tree has.
+func (s *Store) lookupTree(root extents.Root, out []extents.Extent, from int) ([]extents.Extent, error) {
 	missing := false
 	for _, e := range out[from:] {
 		missing = missing || e.Kind == inTree

@@ -49,7 +49,7 @@ func content(t testing.TB, d *Disk) []byte {
 
 // change makes one random change of d.
 func change(d *Disk, rng *rand.Rand) error {
-	off, n := rng.Int64N(256<<10), 1+rng.Int64N(32<<10)
+	off, n := rng.Int64N(64<<10), 1+rng.Int64N(16<<10)
 	if rng.IntN(3) > 0 {
 		off, n = off&^511, (n+511)&^511
 	}
@@ -247,8 +247,8 @@ func TestSyncCoversWhatCameBefore(t *testing.T) {
 // one recorded run must give the same disk.
 func TestRecordingEqualsCutting(t *testing.T) {
 	seed := Seed(t)
-	const n = 120
-	for _, o := range []Options{{}, {SectorSize: 4096}, {Device: true, Size: 512 << 10}} {
+	const n = 60
+	for _, o := range []Options{{}, {SectorSize: 4096}, {Device: true, Size: 96 << 10}} {
 		run := func(d *Disk) {
 			rng := rand.New(rand.NewPCG(seed, 0))
 			for range n {
@@ -552,6 +552,7 @@ func TestClonesAreIndependent(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	mustWrite(t, d, []byte("not synced"), 1000)
 	before := content(t, d)
 	var wg sync.WaitGroup
 	for i := range uint64(4) {

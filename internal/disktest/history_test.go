@@ -20,7 +20,7 @@ func TestModel(t *testing.T) {
 	m := NewModel(size)
 	want := make([]byte, size)
 	states := [][]byte{bytes.Clone(want)}
-	for i := range 400 * Scale(t) {
+	for i := range 300 * Scale(t) {
 		r := h.Next()
 		m.Do(r)
 		switch r.Verb {
@@ -39,7 +39,7 @@ func TestModel(t *testing.T) {
 			}
 			states = append(states, bytes.Clone(want))
 		}
-		if i%16 == 0 {
+		if i%32 == 0 {
 			if err := m.Check(bytes.NewReader(want)); err != nil {
 				t.Fatalf("after %s: %v", r, err)
 			}

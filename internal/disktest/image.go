@@ -227,7 +227,10 @@ func (m *image) apply(o op) {
 	case Allocate:
 		m.allocate(o.off, o.n)
 	case Punch:
-		m.punch(o.off, o.n, o.junk)
+		// What is behind the end reads as zeros when the file grows.
+		if n := min(o.n, m.size-o.off); n > 0 {
+			m.punch(o.off, n, o.junk)
+		}
 	case Truncate:
 		m.truncate(o.off)
 	}

@@ -47,7 +47,7 @@ func Scale(t testing.TB) int {
 func RunFile(t *testing.T, f disk.File) {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(Seed(t), 4))
-	const limit = 1 << 20
+	const limit = 256 << 10
 	var want []byte
 	grow := func(n int64) {
 		if n > int64(len(want)) {
@@ -57,7 +57,7 @@ func RunFile(t *testing.T, f disk.File) {
 	any := make([]bool, 2*limit) // punched bytes read as anything
 	got := make([]byte, limit+100)
 	for range 400 * Scale(t) {
-		off, n := rng.Int64N(limit), rng.Int64N(64<<10)
+		off, n := rng.Int64N(limit), rng.Int64N(16<<10)
 		switch rng.IntN(12) {
 		case 0:
 			if err := f.Sync(); err != nil {
@@ -89,17 +89,13 @@ func RunFile(t *testing.T, f disk.File) {
 			if err := f.Truncate(size); err != nil {
 				t.Fatal(err)
 			}
-			for i := size; i < int64(len(want)); i++ {
-				any[i] = false
-			}
+			clear(any[size:])
 			want = want[:min(size, int64(len(want)))]
 			grow(size)
 		case 5, 6, 7, 8:
 			p := make([]byte, n)
-			for i := range p {
-				p[i] = byte(rng.Uint32())
-				any[off+int64(i)] = false
-			}
+			fill(p, Noise, off, 0, rng.Uint64())
+			clear(any[off : off+n])
 			if k, err := f.WriteAt(p, off); k != len(p) || err != nil {
 				t.Fatalf("write [%d,%d) = %d, %v", off, off+n, k, err)
 			}

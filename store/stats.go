@@ -1,0 +1,131 @@
+package store
+
+import (
+	"fmt"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+)
+
+// Stats are the sizes of a store at one moment, and what has happened to it
+// since it was opened.
+type Stats struct {
+	// DataBytes is what the map holds: blocks that are neither holes nor lost.
+	DataBytes uint64 `json:"data_bytes"`
+	// StoredBytes is the stored form of that: compressed, or raw.
+	StoredBytes uint64 `json:"stored_bytes"`
+	// MapBytes is what the nodes of the map take.
+	MapBytes uint64 `json:"map_bytes"`
+	// UsedBytes is the size of the segments in use: live data, garbage that was
+	// overwritten since, and the log behind the checkpoints.
+	UsedBytes uint64 `json:"used_bytes"`
+	// FreeBytes is the size of the segments that can be used.
+	FreeBytes uint64 `json:"free_bytes"`
+	// ReservedBytes is promised to writes that have not been stored yet.
+	ReservedBytes uint64 `json:"reserved_bytes"`
+	// HostBytes is what the backing file takes on its host.
+	HostBytes uint64 `json:"host_bytes"`
+	// Extents is the number of extents in the map, without those of the log
+	// behind the newest checkpoint; Nodes the number of its nodes.
+	Extents uint64 `json:"extents"`
+	Nodes   uint64 `json:"nodes"`
+
+	DurableEpoch uint64 `json:"durable_epoch"`
+	Checkpoint   uint64 `json:"checkpoint"`
+	PendingTrims uint64 `json:"pending_trim_bytes"`
+
+	// Counters since opening.
+	Reads       uint64 `json:"reads"`             // of blobs
+	ReadBytes   uint64 `json:"read_bytes"`        // stored bytes of them
+	Corrupt     uint64 `json:"corrupt"`           // checksums that did not verify
+	Commits     uint64 `json:"commits"`           // commit records
+	Syncs       uint64 `json:"syncs"`             // fdatasync calls
+	Checkpoints uint64 `json:"checkpoints"`       // completed
+	Blobs       uint64 `json:"blobs"`             // appended
+	RawBlobs    uint64 `json:"raw_blobs"`         // of them, those that did not compress
+	BlobData    uint64 `json:"blob_data"`         // bytes of data appended
+	BlobStored  uint64 `json:"blob_stored"`       // bytes that it took
+	LogWritten  uint64 `json:"log_written"`       // bytes written to segments
+	Failure     string `json:"failure,omitempty"` // what made the store read-only
+}
+
+// Ratio is data by stored bytes, 0 if nothing is stored.
+func (st *Stats) Ratio() float64 {
+	if st.StoredBytes == 0 {
+		return 0
+	}
+	return float64(st.DataBytes) / float64(st.StoredBytes)
+}
+
+// Stats gathers the sizes. What the newest checkpoint does not have yet is looked
+// up, with appends held up meanwhile: call Checkpoint before, on a store in use.
+func (s *Store) Stats() (Stats, error) {
+	var st Stats
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	var refs, bytes uint64
+	var used uint64
+	s.segments.visit(func(_ uint32, g segment) {
+		refs += g.refs
+		bytes += g.bytes
+		used++
+	})
+	// Where a merge is running, the accounting is already that of its result.
+	blocks, stored, err := int64(0), int64(0), error(nil)
+	if s.mu.merging == nil {
+		blocks, stored, err = s.overlayEffectLocked()
+		if err != nil {
+			return st, err
+		}
+	}
+	st.Nodes, st.Extents = s.mu.root.Nodes, s.mu.root.Entries
+	nodes := s.mu.nodes
+	st.DataBytes = uint64(int64(refs-nodes.copies)+blocks) * block.Size
+	st.StoredBytes = uint64(int64(bytes-nodes.bytes) + stored)
+	st.MapBytes = nodes.bytes
+	free, _ := s.segments.room()
+	st.UsedBytes = used * uint64(s.segments.size)
+	st.FreeBytes = uint64(free) * uint64(s.segments.size)
+	st.ReservedBytes = uint64(s.reserved.Load()) * block.Size
+	if n, err := s.file.Allocated(); err == nil {
+		st.HostBytes = uint64(n)
+	}
+	st.DurableEpoch, st.Checkpoint = s.Durable(), s.mu.sequence
+	st.PendingTrims = s.mu.trims.Blocks().Bytes()
+	m := &s.metrics
+	st.Reads, st.ReadBytes, st.Corrupt = m.reads.Load(), m.readBytes.Load(), m.corrupt.Load()
+	st.Commits, st.Syncs, st.Checkpoints = m.commits.Load(), m.syncs.Load(), m.checkpoints.Load()
+	st.Blobs, st.RawBlobs, st.BlobData, st.BlobStored = m.dataRecords.Load(), m.rawRecords.Load(), m.dataBytes.Load(), m.storedBytes.Load()
+	if s.log != nil {
+		s.log.written.Lock()
+		st.LogWritten = s.log.written.bytes
+		s.log.written.Unlock()
+	}
+	if err := s.Err(); err != nil {
+		st.Failure = err.Error()
+	}
+	return st, nil
+}
+
+// overlayEffectLocked is how much data and stored bytes the open overlay adds to
+// what the tree has.
+func (s *Store) overlayEffectLocked() (blocks, stored int64, err error) {
+	s.mu.open.Ascend(0, func(e extents.Extent) bool {
+		if e.Kind == extents.Data {
+			blocks += int64(e.Count)
+			stored += int64(e.LiveBytes())
+		}
+		err = s.tree.Lookup(s.mu.root, e.Range(), func(old extents.Extent) error {
+			if old.Kind == extents.Data {
+				blocks -= int64(old.Count)
+				stored -= int64(old.LiveBytes())
+			}
+			return nil
+		})
+		return err == nil
+	})
+	if err != nil {
+		err = fmt.Errorf("store: stats: %w", err)
+	}
+	return blocks, stored, err
+}
