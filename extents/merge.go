@@ -497,6 +497,7 @@ func (b *builder[T]) remove(n int) {
 	b.items = b.items[:copy(b.items, b.items[n:])]
 	b.notes = b.notes[:copy(b.notes, b.notes[n:])]
 	if len(b.items) > 0 {
+		b.measure(0)
 	} else {
 		b.bytes = 0
 	}

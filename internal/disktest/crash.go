@@ -239,7 +239,9 @@ func (d *Disk) At(k int64, loss Loss) *Disk {
 	}
 	var flight *op
 	if i := k - r.first; i < int64(len(r.log)) {
-		flight = &r.log[i]
+		o := r.log[i]
+		o.failed = false // the power was faster than the fault
+		flight = &o
 	}
 	return d.from(r.replay.crash(flight, loss))
 }

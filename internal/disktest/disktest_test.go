@@ -251,10 +251,11 @@ func TestRecordingEqualsCutting(t *testing.T) {
 	for _, o := range []Options{{}, {SectorSize: 4096}, {Device: true, Size: 96 << 10}} {
 		run := func(d *Disk) {
 			rng := rand.New(rand.NewPCG(seed, 0))
+			d.FailSync(3, Random(seed))
 			for range n {
 				if err := change(d, rng); errors.Is(err, ErrPowerCut) {
 					return
-				} else if err != nil {
+				} else if err != nil && !errors.Is(err, syscall.EIO) {
 					t.Fatal(err)
 				}
 			}

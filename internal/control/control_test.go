@@ -1,0 +1,147 @@
+package control
+
+import (
+	"context"
+	"errors"
+	"io"
+	"io/fs"
+	"net"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"syscall"
+	"testing"
+	"time"
+)
+
+func serve(t *testing.T, status func(context.Context) (any, error)) (*Server, string) {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Serve(l, status)
+	return s, socket
+}
+
+func TestStatus(t *testing.T) {
+	type answer struct{ A, B int }
+	s, socket := serve(t, func(context.Context) (any, error) { return answer{1, 2}, nil })
+	var got answer
+	if err := Status(t.Context(), socket, &got); err != nil || got != (answer{1, 2}) {
+		t.Errorf("Status: %v, %v", got, err)
+	}
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := Status(t.Context(), socket, &got); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after Close: %v, want no socket", err)
+	}
+}
+
+func TestStatusErrors(t *testing.T) {
+	s, socket := serve(t, func(context.Context) (any, error) { return nil, errors.New("store 7 has failed") })
+	defer s.Close()
+	var v any
+	err := Status(t.Context(), socket, &v)
+	if err == nil || !strings.Contains(err.Error(), "store 7 has failed") || !strings.Contains(err.Error(), socket) {
+		t.Errorf("an error of the server arrives as %v", err)
+	}
+
+	stale := filepath.Join(t.TempDir(), "stale")
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: stale, Net: "unix"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.SetUnlinkOnClose(false)
+	l.Close()
+	if err := Status(t.Context(), stale, &v); !errors.Is(err, syscall.ECONNREFUSED) {
+		t.Errorf("nobody listens: %v, want ECONNREFUSED", err)
+	}
+}
+
+// TestOneAtATime has many clients ask at once.
+func TestOneAtATime(t *testing.T) {
+	var running, calls atomic.Int32
+	s, socket := serve(t, func(context.Context) (any, error) {
+		if running.Add(1) != 1 {
+			t.Error("two status calls at a time")
+		}
+		defer running.Add(-1)
+		return calls.Add(1), nil
+	})
+	defer s.Close()
+	errs := make(chan error)
+	const clients = 20
+	for range clients {
+		go func() {
+			var v int
+			errs <- Status(t.Context(), socket, &v)
+		}()
+	}
+	for range clients {
+		if err := <-errs; err != nil {
+			t.Error(err)
+		}
+	}
+	if calls.Load() != clients {
+		t.Errorf("%d calls, want %d", calls.Load(), clients)
+	}
+}
+
+// TestCloseWaits has Close come while a status runs that ends with its context
+// only: Close returns after it, and the client learns of it.
+func TestCloseWaits(t *testing.T) {
+	started, ended := make(chan struct{}), make(chan struct{})
+	s, socket := serve(t, func(ctx context.Context) (any, error) {
+		close(started)
+		<-ctx.Done()
+		defer close(ended)
+		return nil, ctx.Err()
+	})
+	got := make(chan error)
+	go func() {
+		var v any
+		got <- Status(t.Context(), socket, &v)
+	}()
+	<-started
+	s.Close()
+	select {
+	case <-ended:
+	default:
+		t.Error("Close has returned while the status function runs")
+	}
+	if err := <-got; err == nil {
+		t.Error("the client that was cut off has an answer")
+	}
+}
+
+// TestGarbage checks that what is no request is refused, and that the server
+// goes on.
+func TestGarbage(t *testing.T) {
+	s, socket := serve(t, func(context.Context) (any, error) { return 1, nil })
+	defer s.Close()
+	for _, text := range []string{
+		"\x00\x01\x02\r\n\r\n",
+		"GET /v1/other HTTP/1.0\r\n\r\n",
+		"POST /v1/status HTTP/1.0\r\nContent-Length: 0\r\n\r\n",
+		"GET /" + strings.Repeat("x", 64<<10) + " HTTP/1.0\r\n\r\n",
+	} {
+		nc, err := net.Dial("unix", socket)
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc.SetDeadline(time.Now().Add(10 * time.Second))
+		io.WriteString(nc, text)
+		answer, _ := io.ReadAll(nc)
+		if a := string(answer); a != "" && !strings.HasPrefix(a, "HTTP/1.0 4") && !strings.HasPrefix(a, "HTTP/1.1 4") {
+			t.Errorf("%.30q is answered with %.60q", text, a)
+		}
+		nc.Close()
+	}
+	var v int
+	if err := Status(t.Context(), socket, &v); err != nil || v != 1 {
+		t.Errorf("afterwards: %d, %v", v, err)
+	}
+}
