@@ -329,7 +329,7 @@ exports:
 		"exports[2]":             "an entry with a path is expected",
 		"exports[3].name":        "is the name of exports[0] too",
 		"exports[3].path":        "needed",
-		"exports[3].level":       "4 is out of range: give 0 to 3",
+		"exports[3].level":       "4 is out of range: give 0 to 2",
 		"exports[3].read-only":   "maybe is neither true nor false",
 		"exports[4].name":        "is the name of exports[0] too",
 		"exports[4].level":       "1 with codec none, which has no levels",

@@ -31,8 +31,8 @@ var (
 	extents    = []Size{32 * KiB, 64 * KiB, 128 * KiB}
 )
 
-// levelMax is the highest level of a codec: zstd has four, s2 three.
-var levelMax = map[string]int{"": 4, "zstd": 4, "s2": 3}
+// levelMax is the highest level of a codec: zstd has four, s2 two.
+var levelMax = map[string]int{"": 4, "zstd": 4, "s2": 2}
 
 // Validate reports all that is wrong with c, as joined [Fault] errors; nil if
 // nothing is. It looks at c alone, never at the system.

@@ -304,6 +304,9 @@ func (d *Device) ReadOnly() bool { return d.opts.ReadOnly }
 // Geometry is what the store was made with.
 func (d *Device) Geometry() store.Geometry { return d.geometry }
 
+// Recovery tells what opening the store found.
+func (d *Device) Recovery() store.Recovery { return d.store.Recovery() }
+
 // Err is the failure that has made the device read-only (promise P5), or nil.
 func (d *Device) Err() error { return d.store.Err() }
 
@@ -452,7 +455,7 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 		ExtentSize: g.ExtentBlocks * block.Size, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,
 		Healthy: stats.Failure == "" && stats.Corrupt == 0, DirtyBytes: d.cache.DirtyBlocks().Bytes(),
 		Ratio: stats.Ratio(), Overhead: stats.HostBytes - min(stats.HostBytes, stats.StoredBytes),
-		Store: stats, Recovery: d.store.Recovery(), Cache: d.cache.Metrics(),
+		Store: stats, Recovery: d.Recovery(), Cache: d.cache.Metrics(),
 		Reads: ReadMetrics{
 			Misses: m.misses.Load(), Lookups: m.lookups.Load(), Decodes: m.decodes.Load(),
 			Neighbours: m.neighbours.Load(), Bookends: m.bookends.Load(), Holes: m.holesRead.Load(),

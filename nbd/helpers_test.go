@@ -250,7 +250,7 @@ func serve(t testing.TB, opts Options) *testServer {
 		t.Fatal(err)
 	}
 	ts := &testServer{Server: s, t: t, path: filepath.Join(socketDir(t), "s")}
-	l, err := Listen("unix:" + ts.path)
+	l, err := Listen("unix:"+ts.path, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}

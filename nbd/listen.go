@@ -27,18 +27,18 @@ const socketPathMax = 107
 
 // Listen listens where spec says:
 //
-//	unix:PATH        a unix socket, mode 0600, which must not exist, unless as
-//	                 a socket that nobody listens on any more: that is replaced.
-//	                 Closing the listener removes it.
+//	unix:PATH        a unix socket with the permissions mode, which must not
+//	                 exist, unless as a socket that nobody listens on any more:
+//	                 that is replaced. Closing the listener removes it.
 //	tcp:[HOST][:PORT] a TCP address; HOST defaults to 127.0.0.1, PORT to 10809.
 //	                 An IPv6 address stands in brackets.
-func Listen(spec string) (net.Listener, error) {
+func Listen(spec string, mode fs.FileMode) (net.Listener, error) {
 	kind, rest, _ := strings.Cut(spec, ":")
 	var l net.Listener
 	var err error
 	switch kind {
 	case "unix":
-		l, err = listenUnix(rest)
+		l, err = listenUnix(rest, mode)
 	case "tcp":
 		l, err = listenTCP(rest)
 	default:
@@ -75,7 +75,7 @@ func listenTCP(addr string) (net.Listener, error) {
 	return lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, port))
 }
 
-func listenUnix(path string) (net.Listener, error) {
+func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	if path == "" {
 		return nil, errors.New("no path")
 	}
@@ -96,10 +96,10 @@ func listenUnix(path string) (net.Listener, error) {
 	}
 	defer unlock()
 
-	l, err := bindUnix(path)
+	l, err := bindUnix(path, mode)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		if err = removeStale(path); err == nil {
-			l, err = bindUnix(path)
+			l, err = bindUnix(path, mode)
 		}
 	}
 	return l, err
@@ -129,12 +129,12 @@ func lockDir(dir string) (unlock func(), err error) {
 }
 
 // bindUnix creates the socket path and listens on it.
-func bindUnix(path string) (net.Listener, error) {
+func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var err error
 		// The file that bind makes gets the mode of the socket, so there is
 		// no moment at which others may connect.
-		if e := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), 0o600) }); e != nil {
+		if e := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), uint32(mode.Perm())) }); e != nil {
 			return e
 		}
 		return err

@@ -18,14 +18,14 @@ func TestListenUnix(t *testing.T) {
 	path := filepath.Join(socketDir(t), "s")
 	// Whatever the umask: nobody else may connect, from the first moment on.
 	defer unix.Umask(unix.Umask(0))
-	l, err := Listen("unix:" + path)
+	l, err := Listen("unix:"+path, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if fi, err := os.Lstat(path); err != nil || fi.Mode() != fs.ModeSocket|0o600 {
 		t.Errorf("%v, %v", fi.Mode(), err)
 	}
-	if _, err := Listen("unix:" + path); !errors.Is(err, ErrSocketBusy) {
+	if _, err := Listen("unix:"+path, 0o600); !errors.Is(err, ErrSocketBusy) {
 		t.Errorf("a live socket: %v", err)
 	}
 	if nc, err := net.Dial("unix", path); err != nil {
@@ -53,7 +53,7 @@ func TestListenReplacesStaleSocketsOnly(t *testing.T) {
 	dir := socketDir(t)
 	path := filepath.Join(dir, "s")
 	stale(t, path)
-	l, err := Listen("unix:" + path)
+	l, err := Listen("unix:"+path, 0o600)
 	if err != nil {
 		t.Fatalf("a stale socket: %v", err)
 	}
@@ -70,7 +70,7 @@ func TestListenReplacesStaleSocketsOnly(t *testing.T) {
 			t.Fatal(err)
 		}
 		before, _ := os.Lstat(p)
-		if l, err := Listen("unix:" + p); err == nil {
+		if l, err := Listen("unix:"+p, 0o600); err == nil {
 			l.Close()
 			t.Errorf("%s was replaced", name)
 		}
@@ -83,14 +83,14 @@ func TestListenReplacesStaleSocketsOnly(t *testing.T) {
 // A listener whose socket was taken away does not remove the one now there.
 func TestListenRemovesItsOwnSocketOnly(t *testing.T) {
 	path := filepath.Join(socketDir(t), "s")
-	a, err := Listen("unix:" + path)
+	a, err := Listen("unix:"+path, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if err := os.Rename(path, path+".aside"); err != nil { // keeps the inode's number in use
 		t.Fatal(err)
 	}
-	b, err := Listen("unix:" + path)
+	b, err := Listen("unix:"+path, 0o600)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,7 +113,7 @@ func TestListenRace(t *testing.T) {
 		listeners := make([]net.Listener, 8)
 		for i := range listeners {
 			group.Go(func() {
-				l, err := Listen("unix:" + path)
+				l, err := Listen("unix:"+path, 0o600)
 				if err == nil {
 					won.Add(1)
 					listeners[i] = l
@@ -145,7 +145,7 @@ func TestListenTCP(t *testing.T) {
 		"tcp:127.0.0.1:0": "127.0.0.1:",
 		"tcp:[::1]:0":     "[::1]:",
 	} {
-		l, err := Listen(spec)
+		l, err := Listen(spec, 0o600)
 		if err != nil {
 			if strings.Contains(spec, "::1") && (errors.Is(err, unix.EADDRNOTAVAIL) || errors.Is(err, unix.EAFNOSUPPORT)) {
 				t.Logf("%s: no IPv6 here: %v", spec, err)
@@ -163,7 +163,7 @@ func TestListenTCP(t *testing.T) {
 		"", "unix:", "unix", "tcp:::1:0", "tcp:::1", "tcp:[::1:0", "tcp:127.0.0.1:99999999", "http:x",
 		"unix:" + strings.Repeat("x", 200), "unix:/nonexistent/dir/s",
 	} {
-		if l, err := Listen(spec); err == nil {
+		if l, err := Listen(spec, 0o600); err == nil {
 			l.Close()
 			t.Errorf("Listen(%q) works, on %v", spec, l.Addr())
 		}

@@ -212,7 +212,7 @@ func TestShutdownAnswersWhatIsInFlight(t *testing.T) {
 			s := serveDisk(t, d)
 			rc := s.raw()
 			if network == "tcp" {
-				l, err := Listen("tcp:127.0.0.1:0")
+				l, err := Listen("tcp:127.0.0.1:0", 0o600)
 				if err != nil {
 					t.Fatal(err)
 				}
@@ -315,7 +315,7 @@ func TestShutdownGivesUp(t *testing.T) {
 	if err := s.Shutdown(t.Context()); err != nil {
 		t.Fatal("again:", err)
 	}
-	if l, err := Listen("unix:" + s.path + "2"); err != nil || s.Serve(l) != ErrServerClosed {
+	if l, err := Listen("unix:"+s.path+"2", 0o600); err != nil || s.Serve(l) != ErrServerClosed {
 		t.Error("Serve after Close")
 	}
 }
@@ -710,7 +710,7 @@ func TestManyListeners(t *testing.T) {
 	uris := []string{s.uri("")}
 	served := make(chan error, 2)
 	for _, spec := range []string{"tcp:127.0.0.1:0", "unix:" + filepath.Join(filepath.Dir(s.path), "t")} {
-		l, err := Listen(spec)
+		l, err := Listen(spec, 0o600)
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -270,7 +270,7 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 		}
 		h, sum, err := decodeHeader(b, seed, off)
 		if err == nil && (uint64(off)+recordHeader+uint64(h.length) > uint64(limit) ||
-			h.count > 0 && block.Range{End: block.Index(s.geometry.Blocks())}.Covers(block.Span(h.start, h.count)) == false) {
+			h.count > 0 && !block.Range{End: block.Index(s.geometry.Blocks())}.Covers(block.Span(h.start, h.count))) {
 			err = fmt.Errorf("record does not fit: %w", ErrCorrupt)
 		}
 		if err != nil {

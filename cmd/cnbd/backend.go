@@ -1,0 +1,45 @@
+package main
+
+import (
+	"context"
+
+	"cnbd/device"
+	"cnbd/nbd"
+)
+
+// backend shows a device as what the server serves. The two packages do not know
+// each other.
+type backend struct{ d *device.Device }
+
+func (b backend) Size() uint64   { return b.d.Bytes() }
+func (b backend) ReadOnly() bool { return b.d.ReadOnly() }
+
+func (b backend) Read(ctx context.Context, off uint64, n uint32) (nbd.Payload, error) {
+	p, err := b.d.Read(ctx, off, n)
+	if err != nil {
+		return nil, err // and not a nil *Payload in an interface
+	}
+	return p, nil
+}
+
+func (b backend) PrepareWrite(ctx context.Context, off uint64, n uint32) (nbd.PendingWrite, error) {
+	w, err := b.d.PrepareWrite(ctx, off, n)
+	if err != nil {
+		return nil, err
+	}
+	return w, nil
+}
+
+// WriteZeroes makes holes, which is fast for whole blocks and costs at most two
+// reads at the edges, so FastZero is always granted. NoHole changes nothing: in a
+// log every write goes to a new place, and space for it is promised by the
+// capacity of the store and not by what the range held before.
+func (b backend) WriteZeroes(ctx context.Context, off, n uint64, f nbd.ZeroFlags) error {
+	return b.d.WriteZeroes(ctx, off, n, f.FUA)
+}
+
+func (b backend) Trim(ctx context.Context, off, n uint64, fua bool) error {
+	return b.d.Trim(ctx, off, n, fua)
+}
+
+func (b backend) Flush(ctx context.Context) error { return b.d.Flush(ctx) }

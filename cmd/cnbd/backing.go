@@ -1,0 +1,163 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"cnbd/config"
+	"cnbd/internal/block"
+	"cnbd/internal/compression"
+	"cnbd/internal/disk"
+	"cnbd/store"
+)
+
+// runDirectory holds the sockets of stores that are on block devices.
+const runDirectory = "/run/cnbd"
+
+// isDevice tells whether path is a block device.
+func isDevice(path string) bool {
+	info, err := os.Stat(path)
+	return err == nil && info.Mode()&fs.ModeDevice != 0 && info.Mode()&fs.ModeCharDevice == 0
+}
+
+// besides is the path of a socket that belongs to the store at path: beside a
+// file, in the run directory for a block device.
+func besides(path, suffix string) string {
+	if !isDevice(path) {
+		return path + suffix
+	}
+	name := strings.TrimPrefix(resolved(path), "/dev/")
+	return filepath.Join(runDirectory, strings.ReplaceAll(name, "/", "-")+suffix)
+}
+
+// controlSocket is where the owner of the store at path can be asked. It is the
+// same for every name of the store.
+func controlSocket(path string) string { return besides(resolved(path), ".control") }
+
+// resolved is path without symbolic links, or path if it does not exist.
+func resolved(path string) string {
+	if real, err := filepath.EvalSymlinks(path); err == nil {
+		return real
+	}
+	return path
+}
+
+// inUse explains the error of a store that somebody else has.
+func inUse(path string, err error) error {
+	if errors.Is(err, disk.ErrLocked) {
+		return fmt.Errorf("%w: the store is being served; `cnbd info %s` asks its server, everything else needs it stopped", err, path)
+	}
+	return err
+}
+
+// geometryFor is what a new store for e is made with.
+func geometryFor(c *config.Config, e *config.Export, fixed uint64) (store.Geometry, error) {
+	setting, err := codecOf(e)
+	if err != nil {
+		return store.Geometry{}, err
+	}
+	size, capacity := uint64(e.Size), uint64(e.Capacity)
+	if size > store.DeviceSizeMax {
+		return store.Geometry{}, &config.Fault{Key: "size", Where: "--size", Err: fmt.Errorf("%v is out of range: at most %v", e.Size, config.Size(store.DeviceSizeMax))}
+	}
+	segment := store.DefaultSegmentSize(size)
+	if capacity != 0 {
+		segment = min(segment, store.DefaultSegmentSize(capacity))
+	} else {
+		capacity = store.DefaultCapacity(size, segment, uint64(c.DirtyLimit()), uint64(c.CheckpointInterval))
+	}
+	if fixed != 0 { // a block device: what it has
+		if e.Capacity == 0 {
+			capacity = min(capacity, store.FitCapacity(fixed, segment))
+		}
+		if most := store.FitCapacity(fixed, segment); capacity > most {
+			return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v do not fit: the block device has room for %v", config.Size(capacity), config.Size(most))}
+		}
+	}
+	if least := store.MinCapacity(segment); capacity < least {
+		return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v is too little: at least %v", config.Size(capacity), config.Size(least))}
+	}
+	g := store.Geometry{
+		DeviceSize: size, Capacity: capacity, SegmentSize: segment,
+		ExtentBlocks: uint32(c.Extent) / block.Size,
+		Codec:        uint8(setting.Codec), Level: uint8(setting.Level),
+		DirtyMax: uint64(c.DirtyLimit()),
+	}
+	if err := g.Validate(); err != nil {
+		return store.Geometry{}, usage(err)
+	}
+	return g, nil
+}
+
+// codecOf is the codec that e asks for, auto if for none.
+func codecOf(e *config.Export) (compression.Setting, error) {
+	text := e.Codec
+	if text == "" {
+		text = "auto"
+	}
+	if e.Level != 0 {
+		text = fmt.Sprintf("%s:%d", text, e.Level)
+	}
+	setting, err := compression.Parse(text)
+	if err != nil {
+		return setting, usage(err)
+	}
+	return setting, nil
+}
+
+// makeStore makes the store of e, which is not there yet unless force is set. A
+// regular file appears whole or not at all.
+func makeStore(c *config.Config, e *config.Export, force bool) error {
+	if !isDevice(e.Path) {
+		g, err := geometryFor(c, e, 0)
+		if err != nil {
+			return err
+		}
+		err = disk.CreateFile(e.Path, force, func(f disk.File) error { return store.Format(f, g) })
+		if errors.Is(err, fs.ErrExist) {
+			return fmt.Errorf("%w; --force replaces it, with all that it holds", err)
+		}
+		return inUse(e.Path, err)
+	}
+	f, err := disk.Open(e.Path, disk.OpenOptions{})
+	if err != nil {
+		return inUse(e.Path, err)
+	}
+	defer f.Close()
+	if !force {
+		if err := nothingOn(f, e.Path); err != nil {
+			return err
+		}
+	}
+	size, err := f.Size()
+	if err != nil {
+		return err
+	}
+	g, err := geometryFor(c, e, uint64(size))
+	if err != nil {
+		return err
+	}
+	if err := store.Format(f, g); err != nil {
+		return fmt.Errorf("%s: %w", e.Path, err)
+	}
+	return f.Close()
+}
+
+// nothingOn refuses a block device that seems to hold something.
+func nothingOn(f disk.File, path string) error {
+	if _, err := store.ReadGeometry(f); !errors.Is(err, store.ErrNotStore) {
+		return fmt.Errorf("%s holds a cnbd store; --force makes a new one over it, and all that it holds is lost", path)
+	}
+	found, err := disk.ForeignSignature(f)
+	if err != nil {
+		return err
+	}
+	if found != "" {
+		return fmt.Errorf("%s seems to hold something: %s; --force makes a store over it, and all that it holds is lost", path, found)
+	}
+	return nil
+}

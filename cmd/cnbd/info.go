@@ -1,0 +1,137 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"syscall"
+	"text/tabwriter"
+
+	"github.com/spf13/cobra"
+
+	"cnbd/config"
+	"cnbd/device"
+	"cnbd/internal/control"
+	"cnbd/internal/disk"
+)
+
+func newInfo() *cobra.Command {
+	var asJSON bool
+	cmd := &cobra.Command{
+		Use:   "info BACKING",
+		Short: "Show sizes, ratio and health of a store",
+		Long: "Show what the store in BACKING holds, what that takes, and how it is. The store may be served:\n" +
+			"its server is asked then." + exitHelp,
+		Args: oneBacking,
+		RunE: func(cmd *cobra.Command, args []string) error {
+			st, err := status(cmd.Context(), args[0])
+			if err != nil {
+				return err
+			}
+			if asJSON {
+				err = printJSON(cmd.OutOrStdout(), st)
+			} else {
+				err = printInfo(cmd.OutOrStdout(), args[0], st)
+			}
+			if err == nil && st.Recovery.Damaged > 0 {
+				err = damage("%s is damaged: `cnbd check` lists what is lost", args[0])
+			}
+			return err
+		},
+	}
+	cmd.Flags().BoolVar(&asJSON, "json", false, "print everything as JSON")
+	return cmd
+}
+
+// A storeStatus is what info shows.
+type storeStatus struct {
+	device.Status
+	// Served tells that a server has the store and was asked.
+	Served bool `json:"served"`
+}
+
+// status reads the store at path, or asks its server.
+func status(ctx context.Context, path string) (*storeStatus, error) {
+	f, err := disk.Open(path, disk.OpenOptions{ReadOnly: true})
+	if errors.Is(err, disk.ErrLocked) {
+		st := &storeStatus{Served: true}
+		if ask := control.Status(ctx, controlSocket(path), st); ask != nil {
+			if errors.Is(ask, fs.ErrNotExist) || errors.Is(ask, syscall.ECONNREFUSED) {
+				return nil, fmt.Errorf("%w, which is no server that can be asked (it may be starting, stopping, or checking the store)", err)
+			}
+			return nil, ask
+		}
+		return st, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	d, err := device.Open(f, device.Options{ReadOnly: true, CacheBytes: 16 << 20, PayloadBytes: 4 << 20})
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	defer d.Close()
+	st := &storeStatus{}
+	st.Status, err = d.Status(ctx)
+	return st, err
+}
+
+func printInfo(w io.Writer, path string, st *storeStatus) error {
+	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
+	row := func(name, format string, args ...any) { fmt.Fprintf(t, "%s\t%s\n", name, fmt.Sprintf(format, args...)) }
+	size := func(n uint64) string { return human(n) }
+	s := &st.Store
+	state := "not served"
+	if st.Served {
+		state = "served"
+	}
+	row("store", "%s (%s)", path, state)
+	row("uuid", "%s", st.UUID)
+	row("device size", "%s", size(st.DeviceSize))
+	row("data", "%s", size(s.DataBytes))
+	row("stored", "%s", size(s.StoredBytes))
+	if s.StoredBytes > 0 {
+		row("ratio", "%.2f", st.Ratio)
+	} else {
+		row("ratio", "- (no data)")
+	}
+	row("map", "%s in %d nodes, %d extents", size(s.MapBytes), s.Nodes, s.Extents)
+	row("overhead", "%s of the backing are not stored data", size(st.Overhead))
+	row("on the host", "%s", size(s.HostBytes))
+	row("capacity", "%s: %s in use, %s free", size(st.Capacity), size(s.UsedBytes), size(s.FreeBytes))
+	row("codec", "%s, extents of %s", st.Codec, config.Size(st.ExtentSize))
+	if st.Served {
+		row("not yet stored", "%s", size(st.DirtyBytes))
+	}
+	row("last start", "epoch %d, replayed %d records, %s of log", st.Recovery.Epoch, st.Recovery.Records, size(st.Recovery.Bytes))
+	switch {
+	case s.Failure != "":
+		row("health", "FAILED, refuses writes: %s", s.Failure)
+	case st.Recovery.Damaged > 0:
+		row("health", "DAMAGED: %d records of the log could not be read", st.Recovery.Damaged)
+	case !st.Healthy:
+		row("health", "DAMAGED: %d checksums did not match", s.Corrupt)
+	default:
+		row("health", "good")
+	}
+	return t.Flush()
+}
+
+// human is n bytes for people: the exact number where it is short, else three
+// digits or more and an IEC unit.
+func human(n uint64) string {
+	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
+	if n < 1<<10 {
+		return fmt.Sprintf("%d bytes", n)
+	}
+	v, u := float64(n), 0
+	for v >= 1024 && u < len(units)-1 {
+		v, u = v/1024, u+1
+	}
+	if v == float64(uint64(v)) {
+		return fmt.Sprintf("%.0f %s (%d bytes)", v, units[u], n)
+	}
+	return fmt.Sprintf("%.1f %s (%d bytes)", v, units[u], n)
+}

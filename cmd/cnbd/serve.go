@@ -1,0 +1,358 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"net"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"syscall"
+	"time"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"github.com/coreos/go-systemd/v22/daemon"
+	"github.com/rs/zerolog"
+	"github.com/spf13/cobra"
+
+	"cnbd/config"
+	"cnbd/device"
+	"cnbd/internal/compression"
+	"cnbd/internal/control"
+	"cnbd/internal/disk"
+	"cnbd/nbd"
+	"cnbd/store"
+)
+
+// drainTimeout is what the requests in flight have to be answered when the
+// server is told to stop.
+const drainTimeout = 10 * time.Second
+
+func newServe() *cobra.Command {
+	var file string
+	cmd := &cobra.Command{
+		Use:   "serve [--size SIZE] BACKING | serve --config FILE",
+		Short: "Serve stores over NBD",
+		Long: "Serve the store in BACKING, or those that FILE lists, until SIGTERM or SIGINT; then everything is\n" +
+			"committed, and the program ends. With --size a store that is missing is made.\n\n" +
+			"The address is printed as an NBD URI when clients can connect. Without --listen it is the unix\n" +
+			"socket BACKING.sock (for a block device, in " + runDirectory + "). Every flag can also be set in FILE and as\n" +
+			"CNBD_NAME in the environment." + exitHelp,
+		Example: "  cnbd serve --size 100GiB disk.cnbd\n" +
+			"  nbd-client -unix disk.cnbd.sock /dev/nbd0",
+		Args: cobra.ArbitraryArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			c, err := config.Load(file, cmd.Flags())
+			if err != nil {
+				return err
+			}
+			if c.TLS != config.TLSOff {
+				return usage(fmt.Errorf("tls: %s is asked for, and this version has no TLS yet: "+
+					"use a unix socket, loopback, or a tunnel", c.TLS))
+			}
+			// Caught from here on, so that a stop while starting is clean too.
+			stop := make(chan os.Signal, 2)
+			signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
+			defer signal.Stop(stop)
+			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr())}
+			for _, name := range config.UnknownEnv(os.Environ()) {
+				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
+			}
+			return errors.Join(s.run(cmd.OutOrStdout(), stop), s.end())
+		},
+	}
+	config.AddFlags(cmd.Flags())
+	cmd.Flags().StringVar(&file, "config", "", "configuration `FILE` (YAML)")
+	return cmd
+}
+
+// serving is a running server. What it holds is given back by end, in the
+// opposite order.
+type serving struct {
+	config    *config.Config
+	log       zerolog.Logger
+	stores    []*served
+	listeners []net.Listener
+	server    *nbd.Server
+}
+
+// served is one export.
+type served struct {
+	export  *config.Export
+	file    disk.File    // locked, until device has it; nil if the store is yet to be made
+	socket  net.Listener // of control
+	control *control.Server
+	device  *device.Device
+}
+
+// run serves until a signal comes from stop or the server fails. Nothing is
+// written before everything that can be refused has been looked at.
+func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
+	c := s.config
+	for i := range c.Exports {
+		v := &served{export: &c.Exports[i]}
+		s.stores = append(s.stores, v)
+		if err := v.acquire(c); err != nil {
+			return err
+		}
+	}
+	if err := s.listen(); err != nil {
+		return err
+	}
+	opts := nbd.Options{
+		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax,
+		HandshakeTimeout: c.HandshakeTimeout, Log: s.event,
+	}
+	for _, v := range s.stores {
+		if err := s.open(v); err != nil {
+			return err
+		}
+		opts.Exports = append(opts.Exports, nbd.Export{Name: v.export.Name, Description: v.export.Description, Backend: backend{v.device}})
+	}
+	var err error
+	if s.server, err = nbd.NewServer(opts); err != nil {
+		return err
+	}
+	failed := make(chan error, len(s.listeners))
+	for _, l := range s.listeners {
+		go func() { failed <- s.server.Serve(l) }()
+	}
+	for _, v := range s.stores {
+		for _, l := range s.listeners {
+			uri := nbd.URIOf(l.Addr(), v.export.Name).String()
+			s.log.Info().Str("uri", uri).Str("backing", v.export.Path).Stringer("size", config.Size(v.device.Bytes())).Msg("ready")
+			fmt.Fprintln(stdout, uri)
+		}
+	}
+	s.notify(daemon.SdNotifyReady)
+
+	select {
+	case sig := <-stop:
+		s.log.Info().Stringer("signal", sig).Msg("stopping: everything is committed first; a second signal ends at once")
+	case err = <-failed:
+		s.log.Error().Err(err).Msg("stopping: a listener has failed")
+	}
+	s.notify(daemon.SdNotifyStopping)
+	go func() {
+		sig := <-stop
+		// As after a power cut: what was flushed is there at the next start.
+		s.log.Error().Stringer("signal", sig).Msg("ended at once; what was not flushed is lost")
+		os.Exit(exitFailed)
+	}()
+	return err
+}
+
+// acquire locks the store of v, if there is one, and looks whether it is what
+// the export describes. Nothing is written.
+func (v *served) acquire(c *config.Config) error {
+	e := v.export
+	f, err := disk.Open(e.Path, disk.OpenOptions{ReadOnly: e.ReadOnly})
+	switch {
+	case errors.Is(err, fs.ErrNotExist) && e.Size != 0 && !e.ReadOnly:
+		_, err := geometryFor(c, e, 0)
+		return err
+	case errors.Is(err, fs.ErrNotExist) && !e.ReadOnly:
+		return fmt.Errorf("%w; --size makes a new store", err)
+	case err != nil:
+		return inUse(e.Path, err)
+	}
+	v.file = f
+	g, err := store.ReadGeometry(f)
+	if err != nil {
+		if errors.Is(err, store.ErrNotStore) {
+			err = fmt.Errorf("%w; `cnbd create` makes one", err)
+		}
+		return fmt.Errorf("%s: %w", e.Path, err)
+	}
+	if e.Size != 0 && uint64(e.Size) != g.DeviceSize {
+		return usage(fmt.Errorf("%s is a store for %v, and a size of %v is asked for: leave --size out; "+
+			"`cnbd resize` is to change it, and this version does not have it yet", e.Path, config.Size(g.DeviceSize), e.Size))
+	}
+	if e.Capacity != 0 && uint64(e.Capacity) != g.Capacity {
+		return usage(fmt.Errorf("%s is a store with a capacity of %v, and %v is asked for: leave --capacity out; "+
+			"`cnbd resize` is to change it, and this version does not have it yet", e.Path, config.Size(g.Capacity), e.Capacity))
+	}
+	return nil
+}
+
+// listen opens all sockets. Clients that connect wait until the server is ready.
+func (s *serving) listen() error {
+	c := s.config
+	passed, err := activation.Listeners()
+	if err != nil {
+		return fmt.Errorf("sockets of systemd: %w", err)
+	}
+	for _, l := range passed {
+		if l != nil { // not a stream socket
+			s.listeners = append(s.listeners, l)
+		}
+	}
+	addresses := c.Listen
+	if len(s.listeners) > 0 {
+		addresses = nil
+	} else if len(addresses) == 0 {
+		for _, v := range s.stores[:1] { // it serves all exports
+			addresses = []string{"unix:" + besides(v.export.Path, ".sock")}
+		}
+	}
+	for _, v := range s.stores {
+		if isDevice(v.export.Path) {
+			if err := os.MkdirAll(runDirectory, 0o755); err != nil {
+				return err
+			}
+		}
+	}
+	for _, a := range addresses {
+		l, err := nbd.Listen(a, c.SocketMode)
+		if err != nil {
+			return err
+		}
+		s.listeners = append(s.listeners, l)
+	}
+	for _, v := range s.stores {
+		if v.export.ReadOnly {
+			continue // others may read the store as well
+		}
+		path, err := filepath.Abs(controlSocket(v.export.Path))
+		if err != nil {
+			return err
+		}
+		// Whoever has the lock of the store owns the socket.
+		if v.socket, err = nbd.Listen("unix:"+path, 0o600); err != nil {
+			s.log.Warn().Err(err).Msg("no control socket: `cnbd info` cannot ask this server")
+		}
+	}
+	return nil
+}
+
+// open makes the store of v if it is missing, recovers it, and answers for it.
+func (s *serving) open(v *served) error {
+	c, e := s.config, v.export
+	log := s.log.With().Str("backing", e.Path).Logger()
+	if v.file == nil {
+		if err := makeStore(c, e, false); err != nil {
+			return err
+		}
+		log.Info().Stringer("size", e.Size).Msg("made a new store")
+		f, err := disk.Open(e.Path, disk.OpenOptions{})
+		if err != nil {
+			return inUse(e.Path, err)
+		}
+		v.file = f
+	}
+	g, err := store.ReadGeometry(v.file)
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.Path, err)
+	}
+	codec, err := codecFor(e, g)
+	if err != nil {
+		return err
+	}
+	// The memory is that of all exports together; each has an equal share.
+	share := func(n config.Size) int64 { return int64(n) / int64(len(s.stores)) }
+	began := time.Now()
+	f := v.file
+	v.file = nil // the device's from here on
+	v.device, err = device.Open(f, device.Options{
+		ReadOnly:   e.ReadOnly,
+		CacheBytes: share(c.Cache), PayloadBytes: share(c.Payload), MapCacheBytes: share(c.MapCache),
+		// The store has no room for more (rule R8).
+		DirtyBytesMax:   min(share(c.DirtyLimit()), int64(g.DirtyMax)),
+		BackgroundBytes: min(share(c.BackgroundLimit()), int64(g.DirtyMax)),
+		Codec:           &codec, Workers: c.WorkerCount(),
+		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
+		CheckpointBytes: uint64(c.CheckpointInterval),
+		Warn:            func(msg string, err error) { log.Warn().Err(err).Msg(msg) },
+	})
+	if err != nil {
+		return fmt.Errorf("%s: %w", e.Path, err)
+	}
+	r := v.device.Recovery()
+	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
+		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
+	if v.socket != nil {
+		v.control = control.Serve(v.socket, func(ctx context.Context) (any, error) {
+			st, err := v.device.Status(ctx)
+			return &storeStatus{Status: st, Served: true}, err
+		})
+		v.socket = nil
+	}
+	return nil
+}
+
+// codecFor is the codec for new data: what the export asks for, else the store's.
+func codecFor(e *config.Export, g store.Geometry) (compression.Setting, error) {
+	if e.Codec != "" {
+		return codecOf(e)
+	}
+	own := compression.Setting{Codec: compression.Codec(g.Codec), Level: compression.Level(g.Level)}
+	if e.Level == 0 {
+		return own, nil
+	}
+	return codecOf(&config.Export{Codec: own.Codec.String(), Level: e.Level})
+}
+
+// end stops in good order: no new request, those in flight answered, everything
+// committed. Errors tell what could not be.
+func (s *serving) end() error {
+	var errs []error
+	if s.server != nil {
+		ctx, cancel := context.WithTimeout(context.Background(), drainTimeout)
+		defer cancel()
+		if err := s.server.Shutdown(ctx); err != nil {
+			s.log.Warn().Err(err).Msg("clients have kept requests open, they were cut off")
+		}
+	}
+	for _, l := range s.listeners {
+		_ = l.Close() // removes its socket; closed already if it served
+	}
+	for _, v := range s.stores {
+		if v.control != nil {
+			if err := v.control.Close(); err != nil {
+				s.log.Debug().Err(err).Msg("control socket")
+			}
+		}
+		if v.socket != nil {
+			_ = v.socket.Close()
+		}
+		if v.file != nil {
+			_ = v.file.Close() // nothing was written
+		}
+		if v.device == nil {
+			continue
+		}
+		if err := v.device.Close(); err != nil {
+			errs = append(errs, fmt.Errorf("%s: %w", v.export.Path, err))
+		} else {
+			s.log.Info().Str("backing", v.export.Path).Msg("closed, everything is committed")
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// notify tells the service manager, if there is one.
+func (s *serving) notify(state string) {
+	if _, err := daemon.SdNotify(false, state); err != nil {
+		s.log.Warn().Err(err).Msg("sd_notify")
+	}
+}
+
+// event logs what the NBD server tells.
+func (s *serving) event(e nbd.Event) {
+	log := s.log.With().Uint64("connection", e.Conn).Logger()
+	switch e.Kind {
+	case nbd.EventOpen:
+		log.Info().Str("export", e.Export).Str("remote", e.Remote).Msg("connected")
+	case nbd.EventClose:
+		log.Info().Err(e.Err).Msg("disconnected")
+	case nbd.EventRefused:
+		log.Warn().Err(e.Err).Str("remote", e.Remote).Msg("refused")
+	case nbd.EventRequestFailed:
+		log.Error().Err(e.Err).Str("export", e.Export).Stringer("command", e.Command).Uint64("offset", e.Offset).Uint32("length", e.Length).Msg("request failed")
+	case nbd.EventAcceptFailing:
+		log.Error().Err(e.Err).Msg("cannot accept connections, trying again")
+	}
+}
