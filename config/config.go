@@ -59,7 +59,7 @@ type Config struct {
 	DirtyMax Size `key:"dirty-max" type:"size" help:"dirty pages from which on writers wait (0: half of the cache)"`
 
 	// Background is how much of Cache may be dirty before writeback begins, in
-	// bytes. Default 0: an eighth of Cache. At most DirtyLimit. See
+	// bytes. Default 0: an eighth of Cache. At most three quarters of DirtyLimit. See
 	// [Config.BackgroundLimit].
 	Background Size `key:"background" type:"size" help:"dirty pages from which on writeback runs (0: an eighth of the cache)"`
 

@@ -376,7 +376,7 @@ func TestRefused(t *testing.T) {
 
 		"cache too small": {"", []string{"--cache", "1MiB", "--dirty-max=1GiB", "--background=1GiB", "b"}, map[string]string{"cache": "1MiB is out of range: give 16MiB to"}},
 		"dirty too much":  {"", []string{"--dirty-max", "200MiB", "b"}, map[string]string{"dirty-max": "give 4MiB to 192MiB"}},
-		"background":      {"", []string{"--background", "129MiB", "b"}, map[string]string{"background": "give 0 to 128MiB"}},
+		"background":      {"", []string{"--background", "129MiB", "b"}, map[string]string{"background": "give 0 to 96MiB"}},
 		"negative":        {"", []string{"--workers=-1", "--connections-max=0", "b"}, map[string]string{"workers": "-1 is out of range", "connections-max": "give 1 to 65536"}},
 		"syntax":          {"", []string{"--cache=", "--workers=", "--commit-interval=", "b"}, map[string]string{"cache": "not a size", "workers": "not a whole number", "commit-interval": "not a duration"}},
 	} {
@@ -400,7 +400,7 @@ func TestAccepted(t *testing.T) {
 		{"--listen=tcp:0.0.0.0:10809", "--allow-plaintext", "b"},
 		{"--listen=tcp:[::]:10809", "--tls=require", "--tls-certificates=/c", "b"},
 		{"--socket-mode=0o660", "b"},
-		{"--cache=16M", "--dirty-max=12M", "--background=12M", "b"},
+		{"--cache=16M", "--dirty-max=12M", "--background=9M", "b"},
 	} {
 		c, err := Load("", commandLine(t, args...))
 		if err != nil {

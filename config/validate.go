@@ -51,7 +51,7 @@ func (c *Config) validate(fs *faults) {
 		fs.add("dirty-max", within(c.DirtyMax, 4*MiB, c.Cache/4*3))
 	}
 	if !fs.has("cache") && !fs.has("dirty-max") {
-		fs.add("background", within(c.Background, 0, c.DirtyLimit()))
+		fs.add("background", within(c.Background, 0, c.DirtyLimit()/4*3))
 	}
 	fs.add("payload", within(c.Payload, 32*MiB, sizeMax))
 	fs.add("map-cache", within(c.MapCache, 1*MiB, sizeMax))

@@ -145,6 +145,11 @@ func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	}
 	ul := &unixListener{UnixListener: l.(*net.UnixListener), path: path}
 	ul.SetUnlinkOnClose(false) // Close knows better
+	// bind has taken the bits of the umask away.
+	if err := os.Chmod(path, mode.Perm()); err != nil {
+		l.Close()
+		return nil, err
+	}
 	if ul.made, err = os.Lstat(path); err != nil {
 		l.Close()
 		return nil, err

@@ -228,7 +228,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 		return nil, fmt.Errorf("superblock: checksum %08x, want %08x: %w", got, want, ErrCorrupt)
 	}
 	if v := le.Uint32(b[8:]); v != Version {
-		return nil, fmt.Errorf("format %d, this program knows %d: %w", v, Version, ErrVersion)
+		return nil, fmt.Errorf("format %d, this program knows %d, a newer cnbd does: %w", v, Version, ErrVersion)
 	}
 	sb := &superblock{
 		Geometry: Geometry{

@@ -15,6 +15,7 @@ import (
 	"cnbd/device"
 	"cnbd/internal/control"
 	"cnbd/internal/disk"
+	"cnbd/store"
 )
 
 func newInfo() *cobra.Command {
@@ -26,7 +27,9 @@ func newInfo() *cobra.Command {
 			"its server is asked then." + exitHelp,
 		Args: oneBacking,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			st, err := status(cmd.Context(), args[0])
+			st, err := status(cmd.Context(), args[0], func(msg string, err error) {
+				fmt.Fprintf(cmd.ErrOrStderr(), "cnbd: warning: %s: %s: %v\n", args[0], msg, err)
+			})
 			if err != nil {
 				return err
 			}
@@ -52,8 +55,9 @@ type storeStatus struct {
 	Served bool `json:"served"`
 }
 
-// status reads the store at path, or asks its server.
-func status(ctx context.Context, path string) (*storeStatus, error) {
+// status reads the store at path, or asks its server. warn is told what an
+// administrator should know.
+func status(ctx context.Context, path string, warn func(string, error)) (*storeStatus, error) {
 	f, err := disk.Open(path, disk.OpenOptions{ReadOnly: true})
 	if errors.Is(err, disk.ErrLocked) {
 		st := &storeStatus{Served: true}
@@ -68,7 +72,11 @@ func status(ctx context.Context, path string) (*storeStatus, error) {
 	if err != nil {
 		return nil, err
 	}
-	d, err := device.Open(f, device.Options{ReadOnly: true, CacheBytes: 16 << 20, PayloadBytes: 4 << 20})
+	if _, err := store.ReadGeometry(f); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	d, err := device.Open(f, device.Options{ReadOnly: true, CacheBytes: 16 << 20, PayloadBytes: 4 << 20, Warn: warn})
 	if err != nil {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}

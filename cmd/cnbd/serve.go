@@ -253,16 +253,19 @@ func (s *serving) open(v *served) error {
 	}
 	// The memory is that of all exports together; each has an equal share.
 	share := func(n config.Size) int64 { return int64(n) / int64(len(s.stores)) }
+	dirty := share(c.DirtyLimit())
+	if most := int64(g.DirtyMax); dirty > most {
+		log.Info().Stringer("limit", config.Size(most)).Msg("less may be dirty than configured: the store was made for less")
+		dirty = most // it has no room for more (rule R8)
+	}
 	began := time.Now()
 	f := v.file
 	v.file = nil // the device's from here on
 	v.device, err = device.Open(f, device.Options{
 		ReadOnly:   e.ReadOnly,
 		CacheBytes: share(c.Cache), PayloadBytes: share(c.Payload), MapCacheBytes: share(c.MapCache),
-		// The store has no room for more (rule R8).
-		DirtyBytesMax:   min(share(c.DirtyLimit()), int64(g.DirtyMax)),
-		BackgroundBytes: min(share(c.BackgroundLimit()), int64(g.DirtyMax)),
-		Codec:           &codec, Workers: c.WorkerCount(),
+		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
+		Codec: &codec, Workers: c.WorkerCount(),
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
 		CheckpointBytes: uint64(c.CheckpointInterval),
 		Warn:            func(msg string, err error) { log.Warn().Err(err).Msg(msg) },
