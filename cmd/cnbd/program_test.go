@@ -3,6 +3,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"crypto/sha256"
 	endian "encoding/binary"
@@ -392,6 +393,45 @@ func TestLife(t *testing.T) {
 	b.stop(t)
 	if now := contents(t, filepath.Dir(path)); now != before {
 		t.Errorf("serving read-only has changed something: before\n%snow\n%s", before, now)
+	}
+}
+
+// TestLogReaderGone: a server whose log nobody reads any more goes on.
+func TestLogReaderGone(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "s")
+	cmd := exec.Command(binary, "serve", "--size", "64MiB", path)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	stderr, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	uri, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		t.Fatal(err)
+	}
+	stderr.Close()
+	for range 3 { // each connection is logged
+		c, err := nbd.Dial(t.Context(), strings.TrimSpace(uri))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := c.Disconnect(t.Context()); err != nil {
+			t.Error(err)
+		}
+	}
+	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("after SIGHUP: %v", err)
 	}
 }
 

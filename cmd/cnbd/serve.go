@@ -36,7 +36,7 @@ func newServe() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "serve [--size SIZE] BACKING | serve --config FILE",
 		Short: "Serve stores over NBD",
-		Long: "Serve the store in BACKING, or those that FILE lists, until SIGTERM or SIGINT; then everything is\n" +
+		Long: "Serve the store in BACKING, or those that FILE lists, until SIGTERM, SIGINT or SIGHUP; then everything is\n" +
 			"committed, and the program ends. With --size a store that is missing is made.\n\n" +
 			"The address is printed as an NBD URI when clients can connect. Without --listen it is the unix\n" +
 			"socket BACKING.sock (for a block device, in " + runDirectory + "). Every flag can also be set in FILE and as\n" +
@@ -56,7 +56,12 @@ func newServe() *cobra.Command {
 			// Caught from here on, so that a stop while starting is clean too.
 			stop := make(chan os.Signal, 2)
 			signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
+			if !signal.Ignored(syscall.SIGHUP) { // nohup(1) means to go on
+				signal.Notify(stop, syscall.SIGHUP)
+			}
 			defer signal.Stop(stop)
+			// Whoever reads the log may go away; the disk must not.
+			signal.Ignore(syscall.SIGPIPE)
 			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr())}
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
