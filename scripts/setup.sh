@@ -13,7 +13,7 @@ tools=(
 	nbdkit=nbdkit nbd-client=nbd-client fio=fio
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs debugfs=e2fsprogs
 	mkfs.xfs=xfsprogs xfs_repair=xfsprogs mkfs.btrfs=btrfs-progs btrfs=btrfs-progs
-	losetup=util-linux mount=util-linux fallocate=util-linux
+	losetup=mount mount=mount umount=mount fstrim=util-linux fallocate=util-linux setpriv=util-linux
 	gcc=gcc
 )
 
