@@ -85,6 +85,8 @@ type Options struct {
 	// Warn is told of damage, failures, and what else an administrator should
 	// know. It may be nil.
 	Warn func(msg string, err error)
+
+	trimLeaves int // store.Options.TrimLeaves, for tests
 }
 
 func (o *Options) setDefaults() {
@@ -166,7 +168,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
-		NeedCommit: d.needCommit, Warn: o.Warn,
+		NeedCommit: d.needCommit, Warn: o.Warn, TrimLeaves: o.trimLeaves,
 	})
 	if err != nil {
 		return nil, err
@@ -174,6 +176,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	defer func() {
 		if err != nil {
 			d.store.Close()
+			d.free()
 		}
 	}()
 	d.geometry = d.store.Geometry()
@@ -290,9 +293,18 @@ func (d *Device) shut() bool {
 	return was
 }
 
-func (d *Device) free() error {
-	d.decoder.Close()
-	return errors.Join(d.cache.Close(), d.scratch.Close())
+// free gives back what there is of memory: all of it once Open has succeeded.
+func (d *Device) free() (err error) {
+	if d.decoder != nil {
+		d.decoder.Close()
+	}
+	if d.cache != nil {
+		err = d.cache.Close()
+	}
+	if d.scratch != nil {
+		err = errors.Join(err, d.scratch.Close())
+	}
+	return err
 }
 
 // Bytes is the size of the device in bytes.
@@ -338,10 +350,15 @@ func (d *Device) Flush(ctx context.Context) error {
 	if d.opts.ReadOnly {
 		return nil
 	}
-	if err := d.flusher.Flush(ctx); err != nil {
+	switch err := d.flusher.Flush(ctx); {
+	case err == nil:
+		return nil
+	case d.store.Err() != nil:
+		// Whatever the disk has said: a flush does not answer ENOSPC (promise P4).
+		return fmt.Errorf("device: flush: %w: %w", syscall.EIO, err)
+	default:
 		return fmt.Errorf("device: flush: %w", err)
 	}
-	return nil
 }
 
 // Size is the size of the device in bytes, as go-nbd's backend.Backend has it.

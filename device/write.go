@@ -45,7 +45,7 @@ func (d *Device) PrepareWrite(ctx context.Context, off uint64, n uint32) (*Write
 
 func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 	r := block.Covering(off, n)
-	if err := d.cache.BalanceDirty(ctx, r.Len()); err != nil {
+	if err := d.balance(ctx, r.Len()); err != nil {
 		return nil, err
 	}
 	if err := d.reserve(ctx, r.Len()); err != nil {
@@ -85,6 +85,15 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 	return w, nil
 }
 
+// balance waits for the dirty limit.
+func (d *Device) balance(ctx context.Context, n block.Count) error {
+	err := d.cache.BalanceDirty(ctx, n)
+	if err != nil && d.store.Err() != nil {
+		return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+	}
+	return err
+}
+
 // reserve reserves space for n blocks. When there is none it commits and takes
 // checkpoints, which free what was overwritten, before it gives up.
 func (d *Device) reserve(ctx context.Context, n block.Count) error {
@@ -94,8 +103,12 @@ func (d *Device) reserve(ctx context.Context, n block.Count) error {
 	}
 	d.room.Lock()
 	defer d.room.Unlock()
-	// A segment is free when two checkpoints do not need it (rule R4).
-	for range 3 {
+	// A segment is free when two checkpoints do not need it (rule R4), and each
+	// works off only a part of a large trim.
+	for left := 3; left > 0; left-- {
+		if d.store.TrimsPending() {
+			left = 3
+		}
 		if err = d.store.Reserve(n); err == nil || !errors.Is(err, store.ErrNoSpace) {
 			return d.noSpace(err)
 		}
@@ -169,13 +182,17 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 		}
 	}()
 	for {
-		// What the edges had before is read outside of the epoch and the lock.
+		// What the edges had before is read outside of the epoch and the lock. All
+		// of it is given up first: with a claim of the second block held, waiting
+		// for somebody who has claimed the first could be for ever.
+		for i := range old {
+			old[i].release(d)
+		}
 		for i, e := range w.edges {
 			if e.frame < 0 {
 				continue
 			}
 			var err error
-			old[i].release(d)
 			if old[i], err = d.readOld(ctx, e.block); err != nil {
 				return err
 			}
@@ -362,8 +379,22 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 	return nil
 }
 
-// bound commits when the state tree has grown too large.
+// bound commits when the state tree has grown too large. It waits for checkpoints
+// when so little room is left that the log needs it for them: trims do not
+// reserve any.
 func (d *Device) bound(ctx context.Context) error {
+	if d.store.Short() {
+		d.room.Lock()
+		defer d.room.Unlock()
+		for left := 2; left > 0 && d.store.Short(); left-- {
+			if err := d.Flush(ctx); err != nil {
+				return err
+			}
+			if err := d.store.Checkpoint(); err != nil {
+				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+			}
+		}
+	}
 	if d.epochs.Open().State.Ranges() < dirtyRangesMax {
 		return nil
 	}
@@ -413,7 +444,7 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 		edges++
 	}
 	if edges > 0 {
-		if err := d.cache.BalanceDirty(ctx, block.Count(edges)); err != nil {
+		if err := d.balance(ctx, block.Count(edges)); err != nil {
 			w.recycle()
 			return err
 		}

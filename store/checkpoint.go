@@ -25,7 +25,7 @@ func (s *Store) takeSnapshot(epoch uint64) *snapshot {
 	s.progress.running = true
 	s.snapshot.Store(false)
 	l := s.log
-	l.mu.since, l.mu.records = 0, 0
+	l.mu.since, l.mu.records, l.mu.snapshot = 0, 0, l.mu.head.serial
 	snap := &snapshot{epoch: epoch, replay: position{l.mu.head.number, l.mu.end, l.mu.head.serial}}
 	s.mu.Lock()
 	snap.overlay = s.mu.open
@@ -83,8 +83,10 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	s.metrics.checkpoints.Add(1)
 
 	s.segments.release(sb.sequence)
-	if err := s.segments.chill(s.file, warmSegments+reserveSegments+uint32(s.reserved.Load()*blockWorst/int64(s.segments.size))); err != nil {
-		return err
+	keep := func() uint32 { return warmSegments + uint32(s.segmentsFor(s.reserved.Load(), root.Nodes)) }
+	if err := s.segments.chill(s.file, keep); err != nil {
+		// Nothing is lost by that.
+		s.opts.Warn("freed space could not be given back to the host", err)
 	}
 	s.progress.Lock()
 	s.progress.sequence = sb.sequence

@@ -293,12 +293,14 @@ func TestReopen(t *testing.T) {
 // checkpoint takes one with the commits that it needs.
 func (r *crashRun) checkpoint() error {
 	want := make(chan struct{}, 1)
+	r.store.progress.Lock() // a checkpoint may be running
 	r.store.opts.NeedCommit = func() {
 		select {
 		case want <- struct{}{}:
 		default:
 		}
 	}
+	r.store.progress.Unlock()
 	done := make(chan error, 1)
 	go func() { done <- r.store.Checkpoint() }()
 	for {

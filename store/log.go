@@ -8,7 +8,6 @@ import (
 
 	"cnbd/extents"
 	"cnbd/internal/disk"
-	"cnbd/internal/invariants"
 )
 
 const (
@@ -58,6 +57,8 @@ type log struct {
 		queued  uint64 // buffers queued so far
 		since   uint64 // bytes appended since the last snapshot
 		records uint64 // records appended since the last snapshot
+		// snapshot is the serial of the segment that the last snapshot ends in.
+		snapshot uint64
 	}
 
 	written struct {
@@ -76,7 +77,8 @@ type writeBuffer struct {
 }
 
 // start begins to append to the segment that head names, a new one of a new
-// life. The caller has written the header.
+// life. The caller has written the header, and set what is counted since the
+// last snapshot.
 func (l *log) start(head segmentHead, epoch, durable uint64) {
 	l.mu.head = head
 	l.mu.seed = identitySeed(l.store.UUID, head.number, head.life, head.serial)
@@ -241,12 +243,15 @@ func (l *log) appendLocked(h header, parts ...[]byte) (blobRef, error) {
 	for _, p := range parts {
 		h.length += uint32(len(p))
 	}
-	if l.mu.end+recordHeader+h.length > l.segments.size {
+	if uint64(l.mu.end)+recordHeader+uint64(h.length) > uint64(l.segments.size) {
 		if err := l.rollLocked(); err != nil {
 			return blobRef{}, err
 		}
 	}
-	invariants.Assertf(l.mu.end+recordHeader+h.length <= l.segments.size, "a record of %d bytes fits a segment", h.length)
+	if uint64(l.mu.end)+recordHeader+uint64(h.length) > uint64(l.segments.size) {
+		// It would be written over the segment behind.
+		return blobRef{}, l.fail(fmt.Errorf("store: a record of %d bytes does not fit into a segment", h.length))
+	}
 	h.epoch, h.durable, h.offset = l.mu.epoch, l.mu.durable, l.mu.end
 	if h.length > 0 {
 		sum := l.mu.seed

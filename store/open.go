@@ -48,7 +48,7 @@ func Format(f disk.File, g Geometry) error {
 
 // Close stops the store without a commit or a checkpoint, and closes the file.
 // What was not synced is lost, as in a power cut. The caller has ended all
-// Views and calls to the store. CloseClean is the orderly way.
+// Views and calls to the store. The orderly way is Checkpoint and TrimHost before.
 func (s *Store) Close() error {
 	s.mu.Lock()
 	if s.mu.closed {
@@ -82,7 +82,7 @@ func (s *Store) TrimHost() error {
 	if err := s.writable(); err != nil {
 		return err
 	}
-	if err := s.segments.chill(s.file, 0); err != nil {
+	if err := s.segments.chill(s.file, func() uint32 { return 0 }); err != nil {
 		return err
 	}
 	l := s.log
@@ -140,6 +140,7 @@ func (s *Store) open() error {
 	s.nodes = &nodeStore{s: s}
 	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
 	s.mu.open = extents.NewOverlay()
+	durable := sb.epoch // the newest one, whether its checkpoint can be used or not
 	if err := s.loadCheckpoint(sb); err != nil {
 		if other == nil {
 			return err
@@ -152,7 +153,6 @@ func (s *Store) open() error {
 			return err
 		}
 	}
-	durable := sb.epoch
 	if other != nil {
 		durable = max(durable, other.epoch)
 	}
@@ -264,12 +264,6 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 	// What the two newest checkpoints do not need is free (rule R4); the log
 	// behind them takes back what it has been given since.
 	t.release(sb.sequence)
-	for n := range t.table {
-		if g := &t.table[n]; g.state == segmentFree && g.allocated {
-			g.allocated = false
-			t.warm--
-		}
-	}
 	return nil
 }
 
@@ -327,6 +321,12 @@ func (s *Store) beginLife(end logEnd) error {
 		prev: end.head.number, pserial: end.head.serial, plife: end.head.life, pend: end.offset, durable: s.recovery.Epoch,
 	}
 	s.segments.identify(head.number, head.serial, identitySeed(s.geometry.UUID, head.number, head.life, head.serial))
+	// No reservation counts these two, and what is reserved is written to them first.
+	for _, n := range []uint32{head.number, next} {
+		if err := s.segments.allocate(s.file, n); err != nil {
+			return err
+		}
+	}
 	var b [segmentData]byte
 	head.encode(b[:segmentHeader], s.geometry.UUID)
 	head.encode(b[segmentHeader:], s.geometry.UUID)
@@ -341,6 +341,48 @@ func (s *Store) beginLife(end logEnd) error {
 		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
 	}
 	s.log = l
+	l.mu.since, l.mu.records, l.mu.snapshot = end.bytes, s.recovery.Records, end.replay
 	l.start(head, end.epochs+1, s.recovery.Epoch)
+	s.makeRoom()
 	return nil
+}
+
+// makeRoom takes checkpoints while room is short, before anything is served: each
+// opening takes a segment, and lives that are too short for a checkpoint would in
+// the end leave none to open with. If it fails the store has failed, and can be
+// read.
+func (s *Store) makeRoom() {
+	need := s.opts.NeedCommit
+	defer func() { s.setNeedCommit(need) }()
+	want := make(chan struct{}, 1)
+	s.setNeedCommit(func() {
+		select {
+		case want <- struct{}{}:
+		default:
+		}
+	})
+	for range 2 { // rule R4
+		if free, _ := s.segments.room(); free >= reserveSegments || s.Err() != nil {
+			return
+		}
+		done := make(chan error, 1)
+		go func() { done <- s.Checkpoint() }()
+		for running := true; running; {
+			select {
+			case <-done:
+				running = false
+			case <-want:
+				if c, ok, err := s.AppendCommit(); err == nil && ok {
+					_ = s.Sync(c) // a failure ends the checkpoint too
+				}
+			}
+		}
+	}
+}
+
+// setNeedCommit replaces the option, which is called with the mutex held.
+func (s *Store) setNeedCommit(f func()) {
+	s.progress.Lock()
+	s.opts.NeedCommit = f
+	s.progress.Unlock()
 }

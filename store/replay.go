@@ -30,6 +30,8 @@ type logEnd struct {
 	offset  uint32      // in it
 	serials uint64      // the largest serial seen
 	epochs  uint64      // the largest epoch seen
+	replay  uint64      // the serial of the segment where replay began
+	bytes   uint64      // of the accepted log behind that
 }
 
 // A scanned record is what replay keeps of a record until its epoch is judged.
@@ -38,6 +40,7 @@ type scanned struct {
 	segment uint32
 	sum     uint32 // of the header
 	bad     bool   // the payload is damaged
+	err     error  // why it could not even be read, or nil
 	tally   tally  // of a commit record: its payload
 	end     position
 }
@@ -56,12 +59,14 @@ type fault struct {
 // record behind it, or a superblock, says that it was durable, then a payload
 // that does not verify is damage, costs its own blocks, and the epoch stands;
 // else the epoch is the torn tail of a crash, and it and all behind it are
-// dropped. A header that cannot be parsed is the end of the log, unless
-// something behind it says that it was durable: then the store is damaged in a
-// way that would lose acknowledged writes, and is not opened.
+// dropped; but a payload that the disk refuses to read may be of a commit that
+// was acknowledged, and the store is not opened without it. A header that cannot
+// be parsed is the end of the log, unless something behind it says that it was
+// durable: then the store is damaged in a way that would lose acknowledged writes,
+// and is not opened.
 func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 	s.recovery = Recovery{Checkpoint: sb.sequence, Epoch: sb.epoch}
-	sc := &scanner{s: s, end: logEnd{epochs: durable}, durable: durable, tail: position{sb.replay.segment, sb.replay.offset, sb.replay.serial}}
+	sc := &scanner{s: s, end: logEnd{epochs: durable, replay: sb.replay.serial}, durable: durable, tail: position{sb.replay.segment, sb.replay.offset, sb.replay.serial}}
 	if err := sc.scan(sb); err != nil {
 		return logEnd{}, err
 	}
@@ -79,12 +84,19 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 		}
 		// foreign: the commit record does not belong to what stands before it.
 		foreign := !r.bad && r.tally != t || r.epoch <= s.recovery.Epoch
-		bad := r.bad
+		bad, unread := r.bad, r.err
 		for _, q := range sc.records[first:i] {
 			bad = bad || q.bad
 			foreign = foreign || q.epoch != r.epoch
+			if unread == nil {
+				unread = q.err
+			}
 		}
 		if (bad || foreign) && r.epoch > sc.durable {
+			if unread != nil {
+				// It may be the last commit that was acknowledged.
+				return logEnd{}, fmt.Errorf("store: epoch %d, which may be durable: %w", r.epoch, unread)
+			}
 			break // a torn tail
 		}
 		if foreign {
@@ -92,6 +104,7 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 		}
 		for j := first; j < i; j++ {
 			s.apply(&sc.records[j])
+			sc.end.bytes += recordHeader + uint64(sc.records[j].length)
 		}
 		s.recovery.Epoch = r.epoch
 		first, t, end = i+1, tally{}, r.end
@@ -221,15 +234,22 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 	seed := identitySeed(s.geometry.UUID, head.number, head.life, head.serial)
 	base := s.segments.base(head.number)
 	window, start := []byte(nil), from // window holds the bytes from start on
+	ahead := uint32(readChunk)
 	// bytes returns n bytes at off, fewer at the end of the file.
 	bytes := func(off, n uint32) ([]byte, error) {
 		n = min(n, limit-off)
 		if off < start || uint64(off)+uint64(n) > uint64(start)+uint64(len(window)) {
-			want := min(max(n, readChunk), limit-off)
+			want := min(max(n, ahead), limit-off)
 			if want > uint32(len(sc.buf)) {
 				sc.buf = make([]byte, want)
 			}
+			window = nil
 			k, err := s.file.ReadAt(sc.buf[:want], base+int64(off))
+			if err != nil && !errors.Is(err, io.EOF) && want > n {
+				// There is a bad place somewhere: no more at once than must be.
+				ahead, want = n, n
+				k, err = s.file.ReadAt(sc.buf[:want], base+int64(off))
+			}
 			if err != nil && !errors.Is(err, io.EOF) {
 				return nil, fmt.Errorf("store: read segment %d at %d: %w", head.number, off, err)
 			}
@@ -278,10 +298,8 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 		}
 		r := scanned{header: h, segment: head.number, sum: sum}
 		payload, err := bytes(off+recordHeader, h.length)
-		if err != nil {
-			return err
-		}
-		r.bad = uint32(len(payload)) != h.length || h.length > 0 && crc32.Update(seed, castagnoli, payload) != h.checksum
+		r.err = err
+		r.bad = err != nil || uint32(len(payload)) != h.length || h.length > 0 && crc32.Update(seed, castagnoli, payload) != h.checksum
 		if h.kind == recordCommit && !r.bad {
 			r.tally, err = decodeTally(payload)
 			r.bad = err != nil

@@ -41,7 +41,8 @@ const (
 // of the newest merged map, not of the running overlay (rule R3).
 type segment struct {
 	state     segmentState
-	allocated bool   // the host has given its space, as far as this process knows
+	allocated bool   // the host has given all of its space, as far as this process knows
+	remains   bool   // free, not allocated, and the host may hold some of its space
 	seed      uint32 // of its checksums
 	serial    uint64
 	refs      uint64 // blocks of data and copies of nodes that the map refers to
@@ -61,6 +62,7 @@ type segments struct {
 	table []segment // guarded by mu; grows up to total, index is the segment number
 	free  uint32    // guarded by mu; number of free ones, those beyond the table included
 	warm  uint32    // guarded by mu; number of free ones that have space on the host
+	rests uint32    // guarded by mu; number of free ones with remains
 	low   uint32    // guarded by mu; no free segment lies below it
 	pins  map[uint64]int
 }
@@ -148,6 +150,9 @@ func (t *segments) useLocked(n uint32) {
 		if s.allocated {
 			t.warm--
 		}
+		if s.remains {
+			t.rests--
+		}
 	}
 	*s = segment{state: segmentUsed, allocated: s.allocated}
 }
@@ -218,10 +223,15 @@ func (t *segments) release(sequence uint64) (freed []uint32) {
 	for n := range t.table {
 		s := &t.table[n]
 		if s.state == segmentUsed && s.emptyAt != 0 && s.emptyAt < sequence && s.emptyAt <= oldest {
-			// What a segment held before this process began is on the host too.
-			*s = segment{allocated: true}
+			// Of one that was used before this process began nobody knows how much
+			// of it the host has given: the space cannot be promised, but is to go.
+			*s = segment{allocated: s.allocated, remains: !s.allocated}
 			t.free++
-			t.warm++
+			if s.allocated {
+				t.warm++
+			} else {
+				t.rests++
+			}
 			t.low = min(t.low, uint32(n))
 			freed = append(freed, uint32(n))
 		}
@@ -251,21 +261,35 @@ func (t *segments) ensure(f disk.File, want uint32) error {
 		if !ok {
 			return nil
 		}
-		if err := f.Allocate(t.base(n), int64(t.size)); err != nil {
-			if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) {
-				return fmt.Errorf("store: the backing filesystem has no space for segment %d: %w", n, ErrNoSpace)
-			}
-			return fmt.Errorf("store: allocate segment %d: %w", n, err)
+		if err := t.allocate(f, n); err != nil {
+			return err
 		}
-		t.mu.Lock()
-		if s := t.atLocked(n); !s.allocated {
-			s.allocated = true
-			if s.state == segmentFree {
-				t.warm++
-			}
-		}
-		t.mu.Unlock()
 	}
+}
+
+// allocate asks the host for the space of segment n. A host that is full is
+// ErrNoSpace. REQUIRES: t.alloc held, or nobody else uses t yet.
+func (t *segments) allocate(f disk.File, n uint32) error {
+	if err := f.Allocate(t.base(n), int64(t.size)); err != nil {
+		// EFBIG: the filesystem has no larger files.
+		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG) {
+			return fmt.Errorf("store: the backing filesystem has no space for segment %d: %w: %w", n, ErrNoSpace, err)
+		}
+		return fmt.Errorf("store: allocate segment %d: %w", n, err)
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if s := t.atLocked(n); !s.allocated {
+		s.allocated = true
+		if s.state == segmentFree {
+			t.warm++
+		}
+		if s.remains {
+			s.remains = false
+			t.rests--
+		}
+	}
+	return nil
 }
 
 // nextCold is the lowest free segment without space, if fewer than want have it.
@@ -283,10 +307,11 @@ func (t *segments) nextCold(want uint32) (uint32, bool) {
 	return uint32(len(t.table)), true
 }
 
-// chill gives the space of all free segments but keep back to the host, the
-// highest first. The space is noted as gone before it is: a segment that is
-// taken meanwhile is asked for again.
-func (t *segments) chill(f disk.File, keep uint32) error {
+// chill gives the space of all free segments back to the host, the highest
+// first, but leaves keep of them allocated. The space is noted as gone before it
+// is: a segment that is taken meanwhile is asked for again. keep is called with
+// t.mu held: what has been reserved before a segment goes is seen.
+func (t *segments) chill(f disk.File, keep func() uint32) error {
 	t.alloc.Lock()
 	defer t.alloc.Unlock()
 	for {
@@ -294,27 +319,29 @@ func (t *segments) chill(f disk.File, keep uint32) error {
 		if !ok {
 			return nil
 		}
-		if err := f.Punch(t.base(n), int64(t.size)); err != nil {
-			return fmt.Errorf("store: punch segment %d: %w", n, err)
-		}
+		err := f.Punch(t.base(n), int64(t.size))
 		t.mu.Lock()
 		t.table[n].state = segmentFree
 		t.free++
 		t.low = min(t.low, n)
 		t.mu.Unlock()
+		if err != nil {
+			return fmt.Errorf("store: punch segment %d: %w", n, err)
+		}
 	}
 }
 
-// nextWarm takes the highest free segment with space out of the free ones, for
-// chill to punch it, if more than keep have space.
-func (t *segments) nextWarm(keep uint32) (uint32, bool) {
+// nextWarm takes the highest free segment that is to be punched out of the free
+// ones: one with remains, or one with space if more than keep have it.
+func (t *segments) nextWarm(keep func() uint32) (uint32, bool) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	if t.warm <= keep {
+	spare := t.warm > keep()
+	if !spare && t.rests == 0 {
 		return 0, false
 	}
 	for n := len(t.table) - 1; n >= 0; n-- {
-		if s := &t.table[n]; s.state == segmentFree && s.allocated {
+		if s := &t.table[n]; s.state == segmentFree && (s.remains || spare && s.allocated) {
 			t.useLocked(uint32(n))
 			s.allocated = false
 			return uint32(n), true

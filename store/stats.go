@@ -61,6 +61,7 @@ func (st *Stats) Ratio() float64 {
 // up, with appends held up meanwhile: call Checkpoint before, on a store in use.
 func (s *Store) Stats() (Stats, error) {
 	var st Stats
+	durable := s.Durable() // whose mutex is not taken under s.mu
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	var refs, bytes uint64
@@ -90,7 +91,7 @@ func (s *Store) Stats() (Stats, error) {
 	if n, err := s.file.Allocated(); err == nil {
 		st.HostBytes = uint64(n)
 	}
-	st.DurableEpoch, st.Checkpoint = s.Durable(), s.mu.sequence
+	st.DurableEpoch, st.Checkpoint = durable, s.mu.sequence
 	st.PendingTrims = s.mu.trims.Blocks().Bytes()
 	m := &s.metrics
 	st.Reads, st.ReadBytes, st.Corrupt = m.reads.Load(), m.readBytes.Load(), m.corrupt.Load()

@@ -34,9 +34,9 @@
 //
 // AppendData, AppendHole and AppendCommit must come from one goroutine at a
 // time, the ordered side of the work queue; Sync likewise. Everything else may
-// be called at any time. Locks, outermost first: log.mu, Store.mu, segments.alloc,
-// segments.mu, log.written. Store.syncing and Store.progress are taken with none of
-// them but log.mu held.
+// be called at any time. Locks, outermost first: log.mu, Store.progress, Store.mu,
+// Store.reserving, segments.alloc, segments.mu, log.written. Store.progress and
+// Store.syncing are taken with none of them but log.mu held.
 package store
 
 import (
@@ -131,8 +131,9 @@ type Store struct {
 
 	syncing sync.Mutex // one sync at a time
 
-	reserved atomic.Int64 // blocks reserved for writes
-	entries  atomic.Int64 // extents in both overlays, about
+	reserving sync.Mutex   // one at a time tries to raise reserved; segments.mu is taken under it
+	reserved  atomic.Int64 // blocks reserved for writes
+	entries   atomic.Int64 // extents in both overlays, about
 
 	mu struct {
 		sync.RWMutex
@@ -248,6 +249,9 @@ func (s *Store) AppendHole(r block.Range) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
+	if r.Empty() {
+		return nil // a record of no blocks is none that recovery takes
+	}
 	s.log.mu.Lock()
 	defer s.log.mu.Unlock()
 	if _, err := s.log.appendLocked(header{kind: recordHole, start: r.Start, count: r.Len()}); err != nil {
@@ -272,11 +276,17 @@ func (s *Store) overlayLenLocked() int64 {
 // backing file. With now the buffers are not kept for more to come: the log is
 // padded to the next border.
 func (s *Store) AfterWrite(c Completion, now bool) error {
-	if err := s.writable(); err != nil {
-		return err
+	if s.log == nil {
+		return ErrReadOnly
 	}
 	s.log.mu.Lock()
 	defer s.log.mu.Unlock()
+	if err := s.Err(); err != nil {
+		// Nothing more comes that would fill the buffer, and somebody may wait
+		// for what is in it.
+		s.log.handOverLocked()
+		return err
+	}
 	s.log.completeLocked(c)
 	if now {
 		s.log.padLocked()
@@ -319,7 +329,11 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 		return c, false, err
 	}
 	s.metrics.commits.Add(1)
-	if s.snapshot.Load() || l.mu.since >= s.opts.CheckpointBytes || l.mu.records >= s.opts.CheckpointRecords {
+	// When room is short, what is overwritten must come back soon: a checkpoint
+	// for each segment, for trims and commits take space without reserving it.
+	free, _ := s.segments.room()
+	short := free < 2*reserveSegments && l.mu.head.serial > l.mu.snapshot
+	if s.snapshot.Load() || short || l.mu.since >= s.opts.CheckpointBytes || l.mu.records >= s.opts.CheckpointRecords {
 		c.snap = s.takeSnapshot(c.Epoch)
 	}
 	return c, true, nil
@@ -531,12 +545,21 @@ func (s *Store) Reserve(n block.Count) error {
 	if err := s.waitOverlay(); err != nil {
 		return err
 	}
-	total := s.reserved.Add(int64(n))
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	// One at a time, or what a large request asks for in vain would for that
+	// moment refuse a small one.
+	s.reserving.Lock()
+	total := s.reserved.Add(int64(n)) // before the look at the segments: see chill
 	free, warm := s.segments.room()
-	need := uint64(total)*blockWorst + s.mapWorst(uint64(total))
-	want := uint64(reserveSegments) + (need+s.segments.usable()-1)/s.segments.usable()
-	if want > uint64(free) {
+	want := s.segmentsFor(total, nodes)
+	fits := want <= uint64(free)
+	if !fits {
 		s.reserved.Add(-int64(n))
+	}
+	s.reserving.Unlock()
+	if !fits {
 		return fmt.Errorf("store: %d blocks need %d segments, %d are free: %w", total, want, free, ErrNoSpace)
 	}
 	if want > uint64(warm) {
@@ -558,6 +581,11 @@ func (s *Store) waitOverlay() error {
 	s.progress.Lock()
 	defer s.progress.Unlock()
 	for full() && s.Err() == nil {
+		if !s.progress.running {
+			// The lengths of the log alone may not ask for one: a record can be
+			// many extents.
+			s.snapshot.Store(true)
+		}
 		s.opts.NeedCommit()
 		s.progress.cond.Wait()
 	}
@@ -575,12 +603,31 @@ func (s *Store) Release(n block.Count) {
 // blockWorst is what one block takes at worst: a record of its own, raw.
 const blockWorst = block.Size + recordHeader
 
+// segmentsFor is how many free segments writes of n blocks need at worst, what is
+// kept from them included. nodes is the size of the map.
+func (s *Store) segmentsFor(n int64, nodes uint64) uint64 {
+	need := uint64(n)*blockWorst + s.mapWorst(uint64(n), nodes)
+	return reserveSegments + (need+s.segments.usable()-1)/s.segments.usable()
+}
+
 // mapWorst is the most that two checkpoints may append for n more blocks: one
 // leaf for each change, though no more than there are leaves.
-func (s *Store) mapWorst(n uint64) uint64 {
-	s.mu.RLock()
-	nodes := s.mu.root.Nodes
-	s.mu.RUnlock()
+func (s *Store) mapWorst(n, nodes uint64) uint64 {
 	changes := uint64(s.entries.Load()) + n
 	return 2 * extents.NodeSizeMax * min(2*changes, nodes+changes/128+2)
+}
+
+// Short tells whether so little room is left that what does not reserve any, such
+// as a trim, should wait for checkpoints.
+func (s *Store) Short() bool {
+	free, _ := s.segments.room()
+	return free < reserveSegments/2
+}
+
+// TrimsPending tells whether the next checkpoint will free more of what has been
+// trimmed.
+func (s *Store) TrimsPending() bool {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.mu.trims.Len() > 0
 }

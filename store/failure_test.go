@@ -1,0 +1,191 @@
+package store
+
+import (
+	"errors"
+	"syscall"
+	"testing"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/internal/disktest"
+)
+
+// TestStatsBesideSnapshot: stats that wait for a read of the map, and a commit
+// that begins a checkpoint meanwhile, do not wait for each other.
+func TestStatsBesideSnapshot(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(1024, 60)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 32, ^uint32(0)))
+	must(t, c.Checkpoint())
+	must(t, c.Close())
+	d = d.Clone()
+	c = openCommitted(t, d, Options{})
+	must(t, c.hole(block.Span(3, 1)))
+
+	reading, proceed := make(chan struct{}), make(chan struct{})
+	first := true
+	d.SetHook(func(o disktest.Op) {
+		if o.Kind == disktest.Read && first {
+			first = false
+			close(reading)
+			<-proceed
+		}
+	})
+	stats := make(chan error, 1)
+	go func() {
+		_, err := c.Stats()
+		stats <- err
+	}()
+	<-reading
+	d.SetHook(nil)
+	c.snapshot.Store(true)
+	commit := make(chan error, 1)
+	go func() { commit <- c.commit() }()
+	// The commit holds the mutex of the progress and waits for that of the map.
+	for c.progress.TryLock() {
+		c.progress.Unlock()
+	}
+	close(proceed)
+	within(t, "stats", func() error { return <-stats })
+	within(t, "commit", func() error { return <-commit })
+	must(t, c.Close())
+}
+
+// TestEmptyHole: a hole of no blocks leaves no record, which recovery would take
+// for damage.
+func TestEmptyHole(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(64, 40)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 8, 0xff))
+	must(t, c.hole(block.Range{}))
+	must(t, c.hole(block.Range{Start: 5, End: 5}))
+	must(t, c.commit())
+	must(t, c.blob(8, 8, 0xff))
+	must(t, c.commit()) // names the epoch before as durable
+	must(t, c.Close())
+	c = openCommitted(t, d.Clone(), Options{})
+	if r := c.Recovery(); r.Epoch != 2 {
+		t.Errorf("recovered to epoch %d, want 2", r.Epoch)
+	}
+	must(t, c.Close())
+}
+
+// TestOlderCheckpointKnowsNewest: where the newest checkpoint cannot be loaded, and
+// the log behind the one before does not reach it any more, commits that were
+// acknowledged are gone: that is damage, and not the torn tail of a crash.
+func TestOlderCheckpointKnowsNewest(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(256, 40)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 8, 0xff))
+	must(t, c.Checkpoint())
+	c.mu.Lock()
+	from := c.segments.base(c.log.mu.head.number) + int64(c.log.mu.end)
+	c.mu.Unlock()
+	must(t, c.blob(8, 8, 0xff))
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	must(t, c.Close())
+	d = d.Crash(disktest.LoseAll)
+	size, err := d.Size()
+	must(t, err)
+	d.Corrupt(from, size-from)
+	if s, err := Open(d, Options{}); !errors.Is(err, ErrCorrupt) {
+		if err == nil {
+			t.Errorf("opened at epoch %d, without what was acknowledged", s.Recovery().Epoch)
+			s.Close()
+		} else {
+			t.Error(err)
+		}
+	}
+}
+
+type told chan error
+
+func (c told) Written(err error) { c <- err }
+
+// TestFailureTellsWhoWaits: when the store fails while completions wait in a
+// buffer that is not full, the next call hands it over.
+func TestFailureTellsWhoWaits(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(64, 40)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 8, 0xff))
+	commit, ok, err := c.AppendCommit()
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	must(t, c.blob(8, 8, 0xff)) // of the next epoch
+	waiting := make(told, 1)
+	must(t, c.AfterWrite(waiting, false))
+	d.FailSync(1, disktest.LoseAll)
+	if err := c.Sync(commit); err == nil {
+		t.Fatal("a failed sync was answered with success")
+	}
+	if err := c.AfterWrite(make(told, 1), true); err == nil {
+		t.Error("a failed store takes a completion")
+	}
+	within(t, "completion", func() error { <-waiting; return nil })
+	must(t, c.Close())
+}
+
+// TestRecordBeyondSegment: a record that does not fit into any segment fails, and
+// does not run over into the segment behind.
+func TestRecordBeyondSegment(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(64, 40)))
+	c := openCommitted(t, d, Options{})
+	if _, _, err := c.log.append(recordTrims, make([]byte, SegmentSizeMin)); err == nil {
+		t.Error("accepted")
+	}
+	if c.Err() == nil {
+		t.Error("the store goes on")
+	}
+	must(t, c.Close())
+}
+
+// TestUnreadableLog: a place of the log that cannot be read costs the blocks of
+// its record, where something says that the record was durable (P3). Where nothing
+// does it may still have been: then the store is not opened without it.
+func TestUnreadableLog(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(256, 40)))
+	c := openCommitted(t, d, Options{})
+	var at [3]int64
+	for i := range at {
+		must(t, c.blob(i*8, 8, 0xff))
+		c.log.mu.Lock()
+		at[i] = c.segments.base(c.log.mu.head.number) + int64(c.log.mu.end) - 5000
+		c.log.mu.Unlock()
+		must(t, c.commit())
+	}
+	must(t, c.Close())
+	d = d.Clone()
+	d.FailReads(at[1], 1)
+	c = openCommitted(t, d, Options{})
+	if r := c.Recovery(); r.Epoch != 3 || r.Damaged != 1 {
+		t.Errorf("recovered %+v, want epoch 3 with one damaged record", r)
+	}
+	ext, err := c.Lookup(block.Range{End: 24}, nil)
+	if err != nil || len(ext) != 3 || ext[0].Kind != extents.Data || ext[1].Kind != extents.Lost || ext[2].Kind != extents.Data {
+		t.Errorf("the map has %+v, %v", ext, err)
+	}
+	must(t, c.Close())
+
+	d = d.Crash(disktest.LoseAll)
+	must(t, Format(d, testGeometry(256, 40)))
+	c = openCommitted(t, d, Options{})
+	must(t, c.blob(0, 8, 0xff))
+	must(t, c.commit())
+	must(t, c.Close())
+	d = d.Clone()
+	d.FailReads(at[0], 1)
+	if s, err := Open(d, Options{}); !errors.Is(err, syscall.EIO) {
+		t.Errorf("open: %v, want EIO", err)
+		if err == nil {
+			s.Close()
+		}
+	}
+}
