@@ -65,7 +65,7 @@ type Config struct {
 
 	// Payload is the memory for payloads of requests in flight, of all clients
 	// together, in bytes; a request takes its share before it is received.
-	// Default 64MiB, at least 32MiB, the largest request.
+	// Default and least 64MiB, twice the largest request.
 	Payload Size `key:"payload" type:"size" help:"memory for payloads of requests in flight, of all clients"`
 
 	// MapCache is the memory for cached nodes of the extent maps, of all

@@ -167,7 +167,7 @@ func TestSources(t *testing.T) {
 		"cache":               {"100MiB", "200MiB", "300MiB"},
 		"dirty-max":           {"10MiB", "20MiB", "30MiB"},
 		"background":          {"1MiB", "2MiB", "3MiB"},
-		"payload":             {"40MiB", "50MiB", "60MiB"},
+		"payload":             {"70MiB", "80MiB", "90MiB"},
 		"map-cache":           {"4MiB", "5MiB", "6MiB"},
 		"extent":              {"32KiB", "128KiB", "64KiB"},
 		"workers":             {"1", "2", "3"},
@@ -336,7 +336,7 @@ exports:
 		"exports[4].description": "5 is not text",
 		"handshake-timeout":      "CNBD_HANDSHAKE_TIMEOUT: soon is not a duration",
 		"writeback-period":       "CNBD_WRITEBACK_PERIOD: 1ms is out of range: give 10ms to 1h0m0s",
-		"payload":                "--payload: 1KiB is out of range: give 32MiB to",
+		"payload":                "--payload: 1KiB is out of range: give 64MiB to",
 		"extent":                 "--extent: 48KiB is not allowed: give one of 32KiB, 64KiB, 128KiB",
 		"requests-max":           "--requests-max: x is not a whole number",
 	})

@@ -53,7 +53,7 @@ func (c *Config) validate(fs *faults) {
 	if !fs.has("cache") && !fs.has("dirty-max") {
 		fs.add("background", within(c.Background, 0, c.DirtyLimit()/4*3))
 	}
-	fs.add("payload", within(c.Payload, 32*MiB, sizeMax))
+	fs.add("payload", within(c.Payload, 64*MiB, sizeMax))
 	fs.add("map-cache", within(c.MapCache, 1*MiB, sizeMax))
 	fs.add("extent", oneOf(c.Extent, extents))
 	fs.add("workers", within(c.Workers, 0, 256))

@@ -10,7 +10,6 @@ import (
 	"net"
 	"os"
 	"sync"
-	"time"
 )
 
 // ErrClientClosed is the error of calls on a client that has been closed.
@@ -25,14 +24,16 @@ const clientPayloadMax = 32 << 20
 //
 // The context of a call ends its waiting; the request is not taken back, and a
 // write may yet happen. Sending is not ended by a context, only by Close.
-// Errors that the server answers are an [Errno]. Any other error means that
-// the connection is dead, and all later calls fail with it.
+// Errors that the server answers are an [Errno], and EINVAL is that of a request
+// which does not fit the server's block size. Any other error means that the
+// connection is dead, and all later calls fail with it.
 type Client struct {
 	nc      net.Conn
 	br      *bufio.Reader // of the goroutine receive, after the handshake
 	size    uint64
 	flags   TransmissionFlags
-	lenMax  uint32
+	lenMin  uint32        // what offsets and lengths are multiples of; a power of two
+	lenMax  uint32        // of READ and WRITE
 	stopped chan struct{} // closed when receive has ended
 
 	send struct {
@@ -74,7 +75,7 @@ func Dial(ctx context.Context, uri string) (*Client, error) {
 // NewClient negotiates the export on nc, which it owns from now on; on an error
 // it is closed.
 func NewClient(ctx context.Context, nc net.Conn, export string) (*Client, error) {
-	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), lenMax: clientPayloadMax, stopped: make(chan struct{})}
+	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
 	c.mu.calls = make(map[uint64]*call)
 	c.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	if err := withContext(ctx, nc, func() error { return c.negotiate(export) }); err != nil {
@@ -155,9 +156,11 @@ func (c *Client) negotiate(export string) error {
 				c.flags = TransmissionFlags(binary.BigEndian.Uint16(data[8:]))
 				found = true
 			case kind == infoBlockSize && len(data) == 12:
-				if n := binary.BigEndian.Uint32(data[8:]); n > 0 {
-					c.lenMax = min(n, clientPayloadMax)
+				least, most := binary.BigEndian.Uint32(data), binary.BigEndian.Uint32(data[8:])
+				if least == 0 || least > 64<<10 || least&(least-1) != 0 || most < least {
+					return fmt.Errorf("block sizes from %d to %d", least, most)
 				}
+				c.lenMin, c.lenMax = least, min(most, clientPayloadMax)&^(least-1)
 			}
 			return nil
 		})
@@ -333,6 +336,9 @@ func (c *Client) do(ctx context.Context, h header, out, in []byte) error {
 	if err := ctx.Err(); err != nil {
 		return err
 	}
+	if (h.off|uint64(h.n))&uint64(c.lenMin-1) != 0 {
+		return EINVAL // as the server would say, or worse: it told its block size
+	}
 	k := c.pool.Get().(*call)
 	k.read, k.n, k.err = in, len(in), nil
 
@@ -462,34 +468,28 @@ func (c *Client) fail(err error) {
 // answers what it has been asked and closes. When ctx ends before that it does
 // what Close does, and returns the error of ctx.
 func (c *Client) Disconnect(ctx context.Context) error {
+	stop := context.AfterFunc(ctx, func() { c.fail(ErrClientClosed) })
 	c.send.Lock()
 	c.mu.Lock()
 	first := !c.mu.closed && c.mu.err == nil
 	c.mu.closed = true
 	c.mu.Unlock()
 	if first {
-		if d, ok := ctx.Deadline(); ok {
-			c.nc.SetWriteDeadline(d)
-		} else {
-			c.nc.SetWriteDeadline(time.Now().Add(time.Minute))
-		}
 		if err := c.write(header{cmd: CmdDisc}, nil); err != nil {
 			c.fail(err)
 		}
 	}
 	c.send.Unlock()
-	select {
-	case <-c.stopped:
-		c.mu.Lock()
-		defer c.mu.Unlock()
-		if errors.Is(c.mu.err, ErrClientClosed) {
-			return nil
-		}
-		return c.mu.err
-	case <-ctx.Done():
-		c.Close()
+	<-c.stopped
+	if !stop() {
 		return ctx.Err()
 	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if errors.Is(c.mu.err, ErrClientClosed) {
+		return nil
+	}
+	return c.mu.err
 }
 
 // Close ends the connection at once. Calls that wait fail with [ErrClientClosed].

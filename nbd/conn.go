@@ -37,7 +37,10 @@ type conn struct {
 	ctx    context.Context // ends with the connection; its cause tells why
 	cancel context.CancelCauseFunc
 
-	in receiver // of the reader
+	// Of the reader.
+	in       receiver
+	started  int // workers
+	inFlight int // requests, when the last one was admitted
 
 	// Set by the handshake, immutable from then on.
 	export   *Export
@@ -48,11 +51,11 @@ type conn struct {
 	work    chan *request // unbuffered: only an idle worker takes from it
 	workers sync.WaitGroup
 	room    chan struct{} // capacity 1: requests have left flight
+	share   share         // of the server's budget
 
 	mu struct {
 		sync.Mutex
 		requests int        // in flight
-		bytes    uint64     // payload of the requests in flight
 		ready    []*request // finished, to be sent
 		sending  bool       // a goroutine is in the loop of finish
 		free     []*request // for reuse, at most as many as there were in flight
@@ -66,11 +69,20 @@ type conn struct {
 // A request is one request from admission until its reply has been sent.
 type request struct {
 	header
-	bytes   uint64       // counted in conn.mu.bytes
+	bytes   uint64       // granted by the budget
+	slotted bool         // they are the budget's slot
 	write   PendingWrite // a WRITE whose payload is received, not yet ended
 	payload Payload      // the data of a READ, not yet released
 	errno   Errno
 	reply   [simpleReplySize]byte
+}
+
+// dataLen is the length of the data in the reply.
+func (r *request) dataLen() uint64 {
+	if r.payload == nil {
+		return 0
+	}
+	return uint64(r.n)
 }
 
 // fail is the death of the connection, if it is not dead yet. It may be called
@@ -84,6 +96,7 @@ func (c *conn) fail(err error) {
 // runs from now on.
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{s: s, nc: nc, work: make(chan *request), room: make(chan struct{}, 1)}
+	c.share.granted = make(chan struct{}, 1)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
 	return c
@@ -100,9 +113,8 @@ func (c *conn) serve() error {
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
 		}
-		c.waitIdle()
 		close(c.work)
-		c.workers.Wait()
+		c.workers.Wait() // they end with nothing in flight
 	} else if !errors.Is(err, errAborted) && !errors.Is(err, errStopped) {
 		c.s.counters.handshakesFailed.Add(1)
 	}
@@ -172,12 +184,25 @@ func (c *conn) transmit() error {
 			c.finish(r)
 			continue
 		}
-		select {
-		case c.work <- r:
-		default:
-			c.workers.Go(func() { c.worker(r) })
-		}
+		c.dispatch(r)
 	}
+}
+
+// dispatch hands r, the request last admitted, to an idle worker, else to a new
+// one. But when there are more workers than requests in flight, then one that
+// neither executes one of the others nor sends is idle in a moment.
+func (c *conn) dispatch(r *request) {
+	select {
+	case c.work <- r:
+		return
+	default:
+	}
+	if c.started > c.inFlight {
+		c.work <- r
+		return
+	}
+	c.started++
+	c.workers.Go(func() { c.worker(r) })
 }
 
 // check is the error of a request that can be told from its header: the client's
@@ -215,14 +240,9 @@ func (c *conn) check(h header) Errno {
 // admit checks h and waits until there is room for it in flight. The error is
 // that of the connection, if it dies meanwhile.
 func (c *conn) admit(h header) (*request, error) {
-	errno := c.check(h)
-	var bytes uint64
-	if errno == 0 && (h.cmd == CmdRead || h.cmd == CmdWrite) {
-		bytes = uint64(h.n)
-	}
 	m := &c.mu
 	m.Lock()
-	for m.requests >= c.s.opts.RequestsMax || bytes > 0 && m.bytes > 0 && m.bytes+bytes > c.s.opts.BytesMax {
+	for m.requests >= c.s.opts.RequestsMax {
 		m.Unlock()
 		select {
 		case <-c.room:
@@ -232,7 +252,7 @@ func (c *conn) admit(h header) (*request, error) {
 		m.Lock()
 	}
 	m.requests++
-	m.bytes += bytes
+	c.inFlight = m.requests
 	var r *request
 	if n := len(m.free); n > 0 {
 		r, m.free = m.free[n-1], m.free[:n-1]
@@ -241,7 +261,16 @@ func (c *conn) admit(h header) (*request, error) {
 	}
 	m.Unlock()
 	c.s.counters.inFlight.Add(1)
-	*r = request{header: h, bytes: bytes, errno: errno}
+
+	*r = request{header: h, errno: c.check(h)}
+	if r.errno == 0 && h.n > 0 && (h.cmd == CmdRead || h.cmd == CmdWrite) {
+		r.bytes = c.s.budget.charge(h.off, h.n)
+		if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
+			r.errno = ESHUTDOWN
+			c.finish(r)
+			return nil, err
+		}
+	}
 	return r, nil
 }
 
@@ -339,8 +368,8 @@ func (c *conn) execute(r *request) {
 // backendError enters and logs the backend's answer to r.
 func (c *conn) backendError(r *request, err error) {
 	r.errno = ErrnoOf(err)
-	if r.errno == ENOTSUP && r.flags&cmdFlagFastZero == 0 {
-		r.errno = EINVAL // clients know ENOTSUP as an answer to FAST_ZERO only
+	if r.errno == ENOTSUP && r.flags&cmdFlagFastZero == 0 || r.errno == EOVERFLOW {
+		r.errno = EINVAL // the others are answers to FAST_ZERO, and to the flag DF, only
 	}
 	if c.ctx.Err() == nil && r.errno != ENOTSUP {
 		c.s.log(Event{
@@ -365,8 +394,8 @@ func (c *conn) finish(r *request) {
 	m.sending = true
 	for len(m.ready) > 0 {
 		n, bytes := 0, uint64(0)
-		for n < len(m.ready) && (n == 0 || bytes+m.ready[n].bytes <= sendBytesMax) {
-			bytes += m.ready[n].bytes
+		for n < len(m.ready) && (n == 0 || bytes+m.ready[n].dataLen() <= sendBytesMax) {
+			bytes += m.ready[n].dataLen()
 			n++
 		}
 		c.batch = append(c.batch[:0], m.ready[:n]...)
@@ -374,13 +403,10 @@ func (c *conn) finish(r *request) {
 		m.Unlock()
 
 		c.send(c.batch)
+		c.s.budget.give(&c.share, c.batch)
 		c.s.counters.inFlight.Add(-int64(n))
 
 		m.Lock()
-		for _, r := range c.batch {
-			m.bytes -= r.bytes
-			*r = request{}
-		}
 		m.requests -= n
 		m.free = append(m.free, c.batch...)
 		select {
@@ -427,20 +453,6 @@ func (c *conn) write(iov net.Buffers) error {
 	c.iov = iov // WriteTo consumes a variable, which must not be allocated each time
 	_, err := c.iov.WriteTo(c.nc)
 	return err
-}
-
-// waitIdle waits until nothing is in flight. It is called when the reader has
-// read its last request.
-func (c *conn) waitIdle() {
-	for {
-		c.mu.Lock()
-		n := c.mu.requests
-		c.mu.Unlock()
-		if n == 0 {
-			return
-		}
-		<-c.room
-	}
 }
 
 func segmentsLen(segs [][]byte) (n uint64) {

@@ -16,10 +16,10 @@
 //	           └────────────── room ◀──────────────── one of them sends
 //
 // One goroutine reads requests. It admits a request when the connection has
-// fewer than RequestsMax requests and BytesMax bytes of payload in flight, and
-// hands it to a worker: an idle one, else a new one, so there is at most one
-// worker more than there are requests in flight. Workers call the backend
-// concurrently and in no order. A finished request is queued; the worker that
+// fewer than RequestsMax requests in flight and the server's budget of payload
+// has memory for it, and hands it to a worker: an idle one, else a new one, so
+// there is at most one worker more than there were requests in flight. Workers
+// call the backend concurrently and in no order. A finished request is queued; the worker that
 // finds nobody sending becomes the sender, and sends all that is ready, with as
 // few system calls as it can, until nothing is. So there is neither a goroutine
 // nor a hand-off between a lone request and its reply, and replies that are
@@ -30,7 +30,8 @@
 // is short. Nothing better is possible: the bytes behind the header have to be
 // put somewhere before the next header can be seen. So a writer over the limit
 // is slowed by its own socket, together with the reads that it has pipelined
-// behind the write; other connections are not.
+// behind the write; other connections are not. A payload has to arrive, and a
+// reply has to leave, within StallTimeout.
 //
 // # Invariants
 //
@@ -40,8 +41,9 @@
 //     header, or of an option: what a refused message carries is consumed.
 //  3. Every [Payload] is released, and every [PendingWrite] committed or
 //     aborted, exactly once, before the connection is counted as closed.
-//  4. What a client makes the server hold is bounded: by RequestsMax, BytesMax
-//     (at least one request's payload), the receive buffer, one option's data.
+//  4. What clients make the server hold is bounded: by BytesMax all together, by
+//     RequestsMax, the receive buffer and one option's data each. What some of
+//     them keep leaves memory for each of the others.
 //  5. FLUSH covers what was answered before it was received: a reply is queued
 //     only after the backend has returned, so the backend has seen all of it.
 //
@@ -55,6 +57,6 @@
 //
 // # Locks
 //
-// Outermost first: Server.mu, receiver.mu, conn.mu. None is held during I/O or
-// a call of the backend.
+// Outermost first: Server.mu, receiver.mu. The mutexes of conn and budget are
+// leaves. None is held during I/O or a call of the backend.
 package nbd

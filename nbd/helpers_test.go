@@ -62,8 +62,7 @@ type memDisk struct {
 	onTrim    func(off, n uint64, fua bool) error
 
 	payloads, pendings atomic.Int64 // handed out, not yet given back
-	payloadBytes       atomic.Int64
-	payloadBytesMost   atomic.Int64 // that payloadBytes has ever been
+	bytes, bytesMost   atomic.Int64 // their memory, and the most that it has ever been
 	aborts             atomic.Int64
 
 	mu      sync.Mutex
@@ -109,13 +108,21 @@ func (d *memDisk) Read(ctx context.Context, off uint64, n uint32) (Payload, erro
 	}
 	p := &memPayload{d: d, segs: d.pieces(off, n), n: int64(n)}
 	d.payloads.Add(1)
+	d.handOut(int64(n))
 	d.mu.Lock()
 	defer d.mu.Unlock()
-	d.payloadBytesMost.Store(max(d.payloadBytesMost.Load(), d.payloadBytes.Add(p.n)))
 	for _, s := range p.segs {
 		off += uint64(copy(s, d.data[off:]))
 	}
 	return p, nil
+}
+
+// handOut counts n bytes of memory handed out.
+func (d *memDisk) handOut(n int64) {
+	now := d.bytes.Add(n)
+	for most := d.bytesMost.Load(); now > most && !d.bytesMost.CompareAndSwap(most, now); {
+		most = d.bytesMost.Load()
+	}
 }
 
 func (p *memPayload) Segments() [][]byte { return p.segs }
@@ -131,7 +138,7 @@ func (p *memPayload) Release() {
 		}
 	}
 	p.d.payloads.Add(-1)
-	p.d.payloadBytes.Add(-p.n)
+	p.d.bytes.Add(-p.n)
 }
 
 type memWrite struct {
@@ -148,6 +155,7 @@ func (d *memDisk) PrepareWrite(ctx context.Context, off uint64, n uint32) (Pendi
 		}
 	}
 	d.pendings.Add(1)
+	d.handOut(int64(n))
 	return &memWrite{d: d, off: off, segs: d.pieces(off, n)}, nil
 }
 
@@ -159,6 +167,7 @@ func (w *memWrite) end() {
 	}
 	w.gone = true
 	w.d.pendings.Add(-1)
+	w.d.bytes.Add(-int64(segmentsLen(w.segs)))
 }
 
 func (w *memWrite) Commit(ctx context.Context, fua bool) error {
@@ -323,22 +332,31 @@ func (s *testServer) dial(export string) *Client {
 
 // A rawConn is a connection for talking bytes.
 type rawConn struct {
-	*net.UnixConn
+	net.Conn
 	t testing.TB
 }
 
-// raw connects without a handshake. Everything on the connection has to happen
-// within ten seconds.
+// raw connects without a handshake.
 func (s *testServer) raw() rawConn {
 	s.t.Helper()
-	nc, err := net.Dial("unix", s.path)
+	return rawDial(s.t, "unix", s.path)
+}
+
+// rawDial returns a connection on which everything has to happen within ten
+// seconds. It is closed at the end of the test.
+func rawDial(t testing.TB, network, address string) rawConn {
+	t.Helper()
+	nc, err := net.Dial(network, address)
 	if err != nil {
-		s.t.Fatal(err)
+		t.Fatal(err)
 	}
 	nc.SetDeadline(time.Now().Add(10 * time.Second))
-	s.t.Cleanup(func() { nc.Close() })
-	return rawConn{nc.(*net.UnixConn), s.t}
+	t.Cleanup(func() { nc.Close() })
+	return rawConn{nc, t}
 }
+
+// closeWrite closes the client's side.
+func (rc rawConn) closeWrite() { rc.Conn.(interface{ CloseWrite() error }).CloseWrite() }
 
 // rawGo connects and negotiates the export with the empty name.
 func (s *testServer) rawGo() rawConn {

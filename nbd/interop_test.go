@@ -4,11 +4,16 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The tests of this file let other people's clients judge the server.
@@ -32,6 +37,30 @@ func tool(t *testing.T, name string, args ...string) []byte {
 		t.Fatalf("%s %q: %v\n%s%s", name, args, err, out, &stderr)
 	}
 	return out
+}
+
+// background starts a program that runs until the end of the test.
+func background(t *testing.T, name string, args ...string) {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		t.Skipf("MISSING TOOL: %s", name)
+	}
+	cmd := exec.Command(path, args...)
+	var output bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &output, &output
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cmd.Process.Signal(unix.SIGTERM)
+		overdue := time.AfterFunc(10*time.Second, func() { cmd.Process.Kill() })
+		defer overdue.Stop()
+		cmd.Wait()
+		if t.Failed() {
+			t.Logf("%s: %v\n%s", name, cmd.ProcessState, &output)
+		}
+	})
 }
 
 // tempFile returns the path of a new file that holds p.
@@ -224,5 +253,168 @@ func TestFio(t *testing.T) {
 	}
 	if m := s.Metrics(); m.Flush.Requests == 0 || len(m.Errors) != 0 {
 		t.Errorf("%+v", m)
+	}
+}
+
+// nbdkit stands between: what it speaks to us is what its clients speak to it.
+func TestNbdkitProxy(t *testing.T) {
+	if _, err := exec.LookPath("nbdcopy"); err != nil {
+		t.Skip("MISSING TOOL: nbdcopy")
+	}
+	s, d := serveStrangers(t)
+	p := holey(strangersSize)
+	image, out := tempFile(t, p), filepath.Join(t.TempDir(), "out")
+	tool(t, "nbdkit", "--exit-with-parent", "-U", "-", "nbd", "uri="+s.uri(""), "--run",
+		"nbdcopy --flush '"+image+"' \"$uri\" && nbdcopy \"$uri\" '"+out+"'")
+	data, durable := d.contents()
+	mustEqual(t, "copied in", data, p)
+	mustEqual(t, "flushed", durable, p)
+	got, err := os.ReadFile(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	mustEqual(t, "copied out", got, p)
+	if errs := s.Metrics().Errors; len(errs) != 0 {
+		t.Errorf("errors: %v", errs)
+	}
+}
+
+// The disk as a file: what the kernel's page cache reads and writes through FUSE.
+func TestNbdfuse(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root may mount")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip("no FUSE here")
+	}
+	s, d := serveStrangers(t)
+	dir := t.TempDir()
+	background(t, "nbdfuse", dir, s.uri(""))
+	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+	path := filepath.Join(dir, "nbd")
+	eventually(t, "it is mounted", func() bool {
+		fi, err := os.Stat(path)
+		return err == nil && fi.Size() == strangersSize
+	})
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := pattern(2<<20+777, 3)
+	if _, err := f.WriteAt(p, 12345); err != nil {
+		t.Error(err)
+	}
+	if err := f.Sync(); err != nil {
+		t.Error(err)
+	}
+	got := make([]byte, len(p))
+	if _, err := f.ReadAt(got, 12345); err != nil {
+		t.Error(err)
+	}
+	f.Close()
+	mustEqual(t, "read back", got, p)
+	_, durable := d.contents()
+	mustEqual(t, "synced", durable[12345:][:len(p)], p)
+	if errs := s.Metrics().Errors; len(errs) != 0 {
+		t.Errorf("errors: %v", errs)
+	}
+}
+
+// The client of the kernel's driver, as far as it comes without the driver: it
+// lists, and it negotiates before it wants its device.
+func TestNbdClient(t *testing.T) {
+	opened := make(chan string, 1)
+	s := serve(t, Options{
+		Exports: []Export{{Name: "a", Backend: newMemDisk(1 << 20)}, {Name: "b", Description: "the second", Backend: newMemDisk(1 << 20)}},
+		Log: func(e Event) {
+			if e.Kind == EventOpen {
+				opened <- e.Export
+			}
+		},
+	})
+	l, err := Listen("tcp:127.0.0.1:0", 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.Serve(l)
+	_, port, _ := strings.Cut(l.Addr().String(), ":")
+	out := tool(t, "nbd-client", "-l", "127.0.0.1", port)
+	if !bytes.Contains(out, []byte("a\nb")) {
+		t.Errorf("list: %q", out)
+	}
+	if m := s.Metrics(); m.HandshakesFailed != 0 {
+		t.Errorf("%+v", m)
+	}
+	path, err := exec.LookPath("nbd-client")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.CommandContext(t.Context(), path, "-L", "-N", "b", "-unix", s.path, "/dev/null").CombinedOutput(); err == nil {
+		t.Fatalf("it took /dev/null for its device: %s", out)
+	} else if !bytes.Contains(out, []byte("size = 1MB")) {
+		t.Fatalf("it did not negotiate: %s", out)
+	}
+	if name := <-opened; name != "b" {
+		t.Errorf("it opened %q", name)
+	}
+}
+
+// Other people's servers judge the client.
+func TestClientOfStrangers(t *testing.T) {
+	const size = 4 << 20
+	for name, args := range map[string]func(socket string) []string{
+		"nbdkit": func(socket string) []string { return []string{"-f", "-U", socket, "memory", fmt.Sprint(size)} },
+		"qemu-nbd": func(socket string) []string {
+			return []string{"-k", socket, "-f", "raw", "--persistent", "--discard=unmap", "-x", "", tempFile(t, make([]byte, size))}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			socket := filepath.Join(socketDir(t), "s")
+			background(t, name, args(socket)...)
+			uri := URI{"unix", socket, ""}.String()
+			var c *Client
+			eventually(t, "it listens", func() bool {
+				var err error
+				c, err = Dial(t.Context(), uri)
+				return err == nil
+			})
+			if c.Size() != size || c.Flags()&FlagSendFlush == 0 {
+				t.Errorf("size %d, flags %#x", c.Size(), c.Flags())
+			}
+			r := testRand(t)
+			model := make([]byte, size)
+			for range 300 {
+				n := 1 + r.IntN(1<<(1+r.IntN(17)))
+				off := r.IntN(size - n + 1)
+				got := make([]byte, n)
+				var err error
+				switch r.IntN(8) {
+				case 0:
+					clear(model[off:][:n])
+					err = c.WriteZeroes(t.Context(), uint64(off), uint64(n), ZeroFlags{})
+				case 1:
+					err = c.Flush(t.Context())
+				case 2, 3, 4:
+					p := pattern(n, byte(r.Uint32()))
+					copy(model[off:], p)
+					err = c.WriteAt(t.Context(), p, uint64(off), r.IntN(4) == 0)
+				default:
+					err = c.ReadAt(t.Context(), got, uint64(off))
+					mustEqual(t, "read", got, model[off:][:n])
+				}
+				if err != nil {
+					t.Fatal(err)
+				}
+			}
+			if err := c.ReadAt(t.Context(), make([]byte, 1), size); !errors.Is(err, EINVAL) {
+				t.Errorf("read past the end: %v", err)
+			}
+			if err := c.Disconnect(t.Context()); err != nil {
+				t.Errorf("Disconnect: %v", err)
+			}
+			if list, err := List(t.Context(), uri); err != nil || len(list) != 1 {
+				t.Errorf("List: %v, %v", list, err)
+			}
+		})
 	}
 }

@@ -27,11 +27,14 @@ const socketPathMax = 107
 
 // Listen listens where spec says:
 //
-//	unix:PATH        a unix socket with the permissions mode, which must not
-//	                 exist, unless as a socket that nobody listens on any more:
-//	                 that is replaced. Closing the listener removes it.
+//	unix:PATH        a unix socket, which must not exist, unless as a socket that
+//	                 nobody listens on any more: that is replaced. Closing the
+//	                 listener removes it, if it is still its own.
 //	tcp:[HOST][:PORT] a TCP address; HOST defaults to 127.0.0.1, PORT to 10809.
 //	                 An IPv6 address stands in brackets.
+//
+// mode are the permissions of a unix socket, whatever the umask; 0 means 0600.
+// At no moment does the socket have more of them.
 func Listen(spec string, mode fs.FileMode) (net.Listener, error) {
 	kind, rest, _ := strings.Cut(spec, ":")
 	var l net.Listener
@@ -78,6 +81,12 @@ func listenTCP(addr string) (net.Listener, error) {
 func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	if path == "" {
 		return nil, errors.New("no path")
+	}
+	if mode == 0 {
+		mode = 0o600
+	}
+	if mode&^fs.ModePerm != 0 {
+		return nil, fmt.Errorf("mode %#o is not from 0 to 0777", uint32(mode))
 	}
 	// Absolute, for a URI made of it; and then it is never an abstract socket,
 	// which has no permissions.
@@ -128,13 +137,13 @@ func lockDir(dir string) (unlock func(), err error) {
 	return func() { d.Close() }, nil
 }
 
-// bindUnix creates the socket path and listens on it.
+// bindUnix creates the socket path with the permissions mode and listens on it.
 func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var err error
-		// The file that bind makes gets the mode of the socket, so there is
-		// no moment at which others may connect.
-		if e := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), uint32(mode.Perm())) }); e != nil {
+		// The file that bind makes gets the mode of the socket, less the umask,
+		// so there is no moment at which others may connect.
+		if e := raw.Control(func(fd uintptr) { err = unix.Fchmod(int(fd), uint32(mode)) }); e != nil {
 			return e
 		}
 		return err
@@ -145,16 +154,35 @@ func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	}
 	ul := &unixListener{UnixListener: l.(*net.UnixListener), path: path}
 	ul.SetUnlinkOnClose(false) // Close knows better
-	// bind has taken the bits of the umask away.
-	if err := os.Chmod(path, mode.Perm()); err != nil {
-		l.Close()
-		return nil, err
-	}
-	if ul.made, err = os.Lstat(path); err != nil {
-		l.Close()
+	if ul.made, err = chmodSocket(path, mode); err != nil {
+		ul.Close()
 		return nil, err
 	}
 	return ul, nil
+}
+
+// chmodSocket gives the socket path, which was just made, what the umask took
+// from its mode, and returns what it is.
+func chmodSocket(path string, mode fs.FileMode) (fs.FileInfo, error) {
+	// By a descriptor: a link that was put in its place is not followed.
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return nil, &fs.PathError{Op: "open", Path: path, Err: err}
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	made, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if made.Mode().Type() != fs.ModeSocket {
+		return nil, errors.New("another file has taken its place")
+	}
+	if made.Mode().Perm() == mode {
+		return made, nil
+	}
+	// O_PATH takes no fchmod; by way of /proc it does.
+	return made, os.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode)
 }
 
 // removeStale removes path if it is a socket on which nobody listens.
@@ -202,6 +230,10 @@ type unixListener struct {
 }
 
 func (l *unixListener) Close() error {
-	l.once.Do(func() { removeIfSame(l.path, l.made) }) // first, while nobody can take it for stale
+	l.once.Do(func() {
+		if l.made != nil {
+			removeIfSame(l.path, l.made) // first, while nobody can take it for stale
+		}
+	})
 	return l.UnixListener.Close()
 }

@@ -16,16 +16,11 @@ import (
 
 func TestListenUnix(t *testing.T) {
 	path := filepath.Join(socketDir(t), "s")
-	// Whatever the umask: nobody else may connect, from the first moment on.
-	defer unix.Umask(unix.Umask(0))
-	l, err := Listen("unix:"+path, 0o600)
+	l, err := Listen("unix:"+path, 0)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if fi, err := os.Lstat(path); err != nil || fi.Mode() != fs.ModeSocket|0o600 {
-		t.Errorf("%v, %v", fi.Mode(), err)
-	}
-	if _, err := Listen("unix:"+path, 0o600); !errors.Is(err, ErrSocketBusy) {
+	if _, err := Listen("unix:"+path, 0o600); !errors.Is(err, ErrSocketBusy) || !strings.Contains(err.Error(), path) {
 		t.Errorf("a live socket: %v", err)
 	}
 	if nc, err := net.Dial("unix", path); err != nil {
@@ -33,9 +28,75 @@ func TestListenUnix(t *testing.T) {
 	} else {
 		nc.Close()
 	}
+	if got := l.Addr().String(); got != path {
+		t.Errorf("address %s", got)
+	}
 	l.Close()
 	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("after Close: %v", err)
+	}
+}
+
+// The socket has the mode asked for, whatever the umask.
+func TestListenMode(t *testing.T) {
+	dir := socketDir(t)
+	for _, umask := range []int{0, 0o022, 0o777} {
+		for mode, want := range map[fs.FileMode]fs.FileMode{0: 0o600, 0o600: 0o600, 0o660: 0o660, 0o666: 0o666, 0o777: 0o777} {
+			path := filepath.Join(dir, "s")
+			before := unix.Umask(umask)
+			l, err := Listen("unix:"+path, mode)
+			unix.Umask(before)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if fi, err := os.Lstat(path); err != nil || fi.Mode() != fs.ModeSocket|want {
+				t.Errorf("umask %03o, mode %03o: %v, %v", umask, mode, fi.Mode(), err)
+			}
+			l.Close()
+		}
+	}
+	for _, mode := range []fs.FileMode{0o1600, fs.ModeSetuid | 0o600, fs.ModeSocket | 0o600} {
+		if l, err := Listen("unix:"+filepath.Join(dir, "t"), mode); err == nil {
+			l.Close()
+			t.Errorf("mode %v works", mode)
+		}
+	}
+	if names, err := os.ReadDir(dir); err != nil || len(names) != 0 {
+		t.Errorf("left over: %v, %v", names, err)
+	}
+}
+
+// Nobody else may connect, from the first moment on: with no umask to help, the
+// socket is watched while it comes and goes.
+func TestListenModeIsNeverWider(t *testing.T) {
+	path := filepath.Join(socketDir(t), "s")
+	defer unix.Umask(unix.Umask(0))
+	stop, seen := make(chan struct{}), make(chan map[fs.FileMode]int)
+	go func() {
+		modes := map[fs.FileMode]int{}
+		for {
+			select {
+			case <-stop:
+				seen <- modes
+				return
+			default:
+			}
+			if fi, err := os.Lstat(path); err == nil {
+				modes[fi.Mode().Perm()]++
+			}
+		}
+	}()
+	for range 300 * testScale(t) {
+		l, err := Listen("unix:"+path, 0o600)
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Close()
+	}
+	close(stop)
+	modes := <-seen
+	if modes[0o600] == 0 || len(modes) != 1 {
+		t.Errorf("modes seen: %v", modes)
 	}
 }
 
@@ -64,6 +125,13 @@ func TestListenReplacesStaleSocketsOnly(t *testing.T) {
 		"dir":     func(p string) error { return os.Mkdir(p, 0o700) },
 		"symlink": func(p string) error { stale(t, p+".target"); return os.Symlink(p+".target", p) },
 		"fifo":    func(p string) error { return unix.Mkfifo(p, 0o600) },
+		"datagram socket": func(p string) error {
+			l, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: p, Net: "unixgram"})
+			if err == nil {
+				t.Cleanup(func() { l.Close() })
+			}
+			return err
+		},
 	} {
 		p := filepath.Join(dir, name)
 		if err := make(p); err != nil {
@@ -95,6 +163,7 @@ func TestListenRemovesItsOwnSocketOnly(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer b.Close()
+	a.Close()
 	a.Close()
 	if nc, err := net.Dial("unix", path); err != nil {
 		t.Errorf("the second listener's socket: %v", err)
@@ -157,6 +226,7 @@ func TestListenTCP(t *testing.T) {
 		if got := l.Addr().String(); !strings.HasPrefix(got, want) {
 			t.Errorf("%s listens on %s", spec, got)
 		}
+		keepsAlive(t, l)
 		l.Close()
 	}
 	for _, spec := range []string{
@@ -168,4 +238,34 @@ func TestListenTCP(t *testing.T) {
 			t.Errorf("Listen(%q) works, on %v", spec, l.Addr())
 		}
 	}
+}
+
+// keepsAlive checks that a client's host that vanishes is noticed.
+func keepsAlive(t *testing.T, l net.Listener) {
+	t.Helper()
+	client, err := net.Dial("tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	nc, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	raw, err := nc.(*net.TCPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	raw.Control(func(fd uintptr) {
+		for _, o := range []struct{ level, opt, want int }{
+			{unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1}, {unix.SOL_TCP, unix.TCP_KEEPIDLE, 60},
+			{unix.SOL_TCP, unix.TCP_KEEPINTVL, 15}, {unix.SOL_TCP, unix.TCP_KEEPCNT, 4},
+			{unix.SOL_TCP, unix.TCP_NODELAY, 1},
+		} {
+			if got, err := unix.GetsockoptInt(int(fd), o.level, o.opt); err != nil || got != o.want {
+				t.Errorf("socket option %d/%d: %d, %v; want %d", o.level, o.opt, got, err, o.want)
+			}
+		}
+	})
 }

@@ -14,6 +14,9 @@ type Metrics struct {
 	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
 	RequestsMax      int   // the bound for each connection
 
+	BytesInFlight uint64 // payload of requests in flight, in memory; over all connections
+	BytesMax      uint64 // the bound of BytesInFlight
+
 	Read, Write, Flush, Trim, WriteZeroes, Unknown CommandMetrics
 
 	// Errors are the errors answered, by number.
@@ -77,6 +80,8 @@ func (s *Server) Metrics() Metrics {
 		HandshakesFailed:   cs.handshakesFailed.Load(),
 		RequestsInFlight:   cs.inFlight.Load(),
 		RequestsMax:        s.opts.RequestsMax,
+		BytesInFlight:      s.budget.used(),
+		BytesMax:           s.opts.BytesMax,
 		Errors:             make(map[Errno]uint64),
 	}
 	for i, dst := range []*CommandMetrics{&m.Unknown, &m.Read, &m.Write, &m.Flush, &m.Trim, &m.WriteZeroes} {

@@ -24,7 +24,7 @@ func TestRandomClients(t *testing.T) {
 		pieceMax int
 	}{
 		{"defaults", Options{}, 4096},
-		{"tight bounds", Options{RequestsMax: 2, BytesMax: 64 << 10, PayloadBytesMax: 64 << 10}, 4096},
+		{"tight bounds", Options{RequestsMax: 2, BytesMax: 128 << 10, PayloadBytesMax: 64 << 10}, 4096},
 		{"tiny segments", Options{RequestsMax: 16}, 61}, // more of them than one readv takes
 	} {
 		t.Run(tc.name, func(t *testing.T) {

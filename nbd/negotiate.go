@@ -86,9 +86,7 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 	}
 
 	if opt == optAbort {
-		if _, err := c.nc.Write(appendOptReply(nil, opt, repAck, nil)); err != nil {
-			return false, err
-		}
+		c.nc.Write(appendOptReply(nil, opt, repAck, nil)) // to a client that may be gone already
 		return false, errAborted
 	}
 	if c.in.stopped() {

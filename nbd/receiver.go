@@ -8,6 +8,7 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -33,25 +34,28 @@ var aLongTimeAgo = time.Unix(1, 0)
 //
 //   - during the handshake, one for all of it;
 //   - between requests none, but stop ends the wait;
-//   - inside a request, one for each further piece, whatever stop does.
+//   - inside a request, one for the rest of its header and one for its payload,
+//     whatever stop does. They are not put off by a byte now and then.
 //
 // It belongs to the goroutine that reads the connection, except for stop.
 type receiver struct {
 	nc    net.Conn
 	raw   syscall.RawConn // nil if nc has no descriptor
-	stall time.Duration   // limit of the wait for a piece; 0: none
+	stall time.Duration   // limit of what a client has begun; not positive: none
 
 	buf  []byte
 	r, w int // buf[r:w] is received and not yet consumed
 
 	handshake time.Time // deadline of the handshake; zero: it is over
+	begun     bool      // what is being received has its deadline
+	deadline  time.Time // that deadline
 	timed     bool      // nc may have a read deadline
 
-	// The state of a readv, so that it needs no closure made for each.
-	iov      [][]byte
+	// The state of a readv, so that none allocates.
+	iov      []unix.Iovec
 	readvFn  func(fd uintptr) bool
 	readvN   int
-	readvErr error
+	readvErr syscall.Errno
 
 	mu struct {
 		sync.Mutex
@@ -71,9 +75,11 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 	}
 	rc.readvFn = func(fd uintptr) bool {
 		for {
-			rc.readvN, rc.readvErr = unix.Readv(int(fd), rc.iov)
-			if rc.readvErr != unix.EINTR {
-				return rc.readvErr != unix.EAGAIN
+			// unix.Readv would allocate for each call with more than 8 segments.
+			n, _, errno := unix.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&rc.iov[0])), uintptr(len(rc.iov)))
+			rc.readvN, rc.readvErr = int(n), errno
+			if errno != unix.EINTR {
+				return errno != unix.EAGAIN
 			}
 		}
 	}
@@ -140,20 +146,23 @@ func (rc *receiver) armIdle() error {
 
 // armBusy prepares the wait for a piece of something that has begun.
 func (rc *receiver) armBusy() error {
-	var deadline time.Time
-	if !rc.handshake.IsZero() {
-		deadline = rc.handshake
-	} else if rc.stall > 0 {
-		deadline = time.Now().Add(rc.stall)
-	}
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if rc.mu.stopped && !rc.handshake.IsZero() {
 		return errStopped
 	}
+	if rc.begun && !rc.mu.woken {
+		return nil
+	}
+	if !rc.begun {
+		rc.begun, rc.timed = true, true
+		rc.deadline = rc.handshake
+		if rc.handshake.IsZero() && rc.stall > 0 {
+			rc.deadline = time.Now().Add(rc.stall)
+		}
+	}
 	rc.mu.woken = false // the deadline set here replaces stop's
-	rc.timed = true
-	return rc.nc.SetReadDeadline(deadline)
+	return rc.nc.SetReadDeadline(rc.deadline)
 }
 
 // again reports whether a read that failed with err is to be repeated: it was
@@ -167,7 +176,7 @@ func (rc *receiver) again(err error) bool {
 	return rc.mu.woken
 }
 
-// read receives at least one byte into p, past the buffer, which must be empty.
+// read receives at least one byte into p. What is in the buffer is not looked at.
 func (rc *receiver) read(p []byte) (int, error) {
 	for {
 		if err := rc.armBusy(); err != nil {
@@ -190,23 +199,26 @@ func (rc *receiver) readv(segs [][]byte, fill int) (int, error) {
 	if rc.raw == nil {
 		return rc.read(segs[0][fill:])
 	}
-	rc.iov = append(rc.iov[:0], segs[0][fill:])
-	rc.iov = append(rc.iov, segs[1:min(len(segs), iovMax-1)]...)
+	rc.iov = rc.iov[:0]
 	room := 0
-	for _, s := range rc.iov {
-		room += len(s)
+	for i, b := range segs[:min(len(segs), iovMax-1)] {
+		if i == 0 {
+			b = b[fill:]
+		}
+		rc.iov = appendIovec(rc.iov, b)
+		room += len(b)
 	}
 	if len(rc.iov) == len(segs) {
-		rc.iov = append(rc.iov, rc.buf)
+		rc.iov = appendIovec(rc.iov, rc.buf)
 	}
-	defer func() { clear(rc.iov) }() // the memory is only borrowed
+	defer clear(rc.iov) // the memory is only borrowed
 	for {
 		if err := rc.armBusy(); err != nil {
 			return 0, err
 		}
 		err := rc.raw.Read(rc.readvFn)
 		if err == nil {
-			if rc.readvErr != nil {
+			if rc.readvErr != 0 {
 				return 0, os.NewSyscallError("readv", rc.readvErr)
 			}
 			if rc.readvN == 0 {
@@ -221,6 +233,12 @@ func (rc *receiver) readv(segs [][]byte, fill int) (int, error) {
 	}
 }
 
+func appendIovec(iov []unix.Iovec, b []byte) []unix.Iovec {
+	v := unix.Iovec{Base: unsafe.SliceData(b)}
+	v.SetLen(len(b))
+	return append(iov, v)
+}
+
 // unexpected turns an end of file inside something into the error it is.
 func unexpected(err error) error {
 	if err == io.EOF {
@@ -232,6 +250,7 @@ func unexpected(err error) error {
 // next receives n bytes, at most the size of the buffer, and returns them as a
 // part of it, valid until the next call.
 func (rc *receiver) next(n int) ([]byte, error) {
+	rc.begun = false
 	if len(rc.buf)-rc.r < n {
 		rc.w = copy(rc.buf, rc.buf[rc.r:rc.w])
 		rc.r = 0
@@ -249,6 +268,7 @@ func (rc *receiver) next(n int) ([]byte, error) {
 
 // discard receives n bytes and forgets them.
 func (rc *receiver) discard(n uint64) error {
+	rc.begun = false
 	for n > 0 {
 		if rc.r == rc.w {
 			rc.r, rc.w = 0, 0
@@ -268,6 +288,7 @@ func (rc *receiver) discard(n uint64) error {
 // segments fills segs, borrowed, in order. The bytes that are in the buffer
 // already are copied; the others are received in place.
 func (rc *receiver) segments(segs [][]byte) error {
+	rc.begun = false
 	fill := 0 // bytes of segs[0] that are filled
 	for {
 		for ; len(segs) > 0 && fill >= len(segs[0]); segs = segs[1:] {

@@ -29,13 +29,17 @@ import (
 //	N*B              N bytes of value B
 //
 // After each script the server must serve another client as if nothing had been.
+//
+// Each is also played with what the client sends cut into pieces of one byte, but
+// for long payloads: what arrives together must not matter.
 func TestScripts(t *testing.T) {
 	files, err := filepath.Glob("testdata/script/*.txt")
 	if err != nil || len(files) == 0 {
 		t.Fatalf("no scripts: %v", err)
 	}
 	for _, file := range files {
-		t.Run(strings.TrimSuffix(filepath.Base(file), ".txt"), func(t *testing.T) {
+		name := strings.TrimSuffix(filepath.Base(file), ".txt")
+		test := func(t *testing.T, put func(rc rawConn, b []byte)) {
 			ro := newMemDisk(8192)
 			ro.readOnly = true
 			s := serve(t, Options{
@@ -46,21 +50,39 @@ func TestScripts(t *testing.T) {
 				PayloadBytesMax: 64 << 10,
 			})
 			other := s.dial("")
-			playScript(t, s.raw(), file)
+			playScript(t, s.raw(), file, put)
 			if err := other.Flush(t.Context()); err != nil {
 				t.Errorf("another client: %v", err)
 			}
 			if err := s.dial("ro").ReadAt(t.Context(), make([]byte, 512), 0); err != nil {
 				t.Errorf("a later client: %v", err)
 			}
-		})
+		}
+		t.Run(name, func(t *testing.T) { test(t, rawConn.put) })
+		t.Run(name+"/in pieces", func(t *testing.T) { test(t, rawConn.putPieces) })
+	}
+}
+
+// putPieces sends b byte by byte, and its end at once if it is long.
+func (rc rawConn) putPieces(b []byte) {
+	rc.t.Helper()
+	for len(b) > 0 {
+		n := 1
+		if len(b) > 1000 {
+			n = len(b) - 999
+		}
+		if _, err := rc.Write(b[:n]); err != nil {
+			return // what it has read so far was enough for it to hang up
+		}
+		b = b[n:]
 	}
 }
 
 var scriptNames = map[string]uint64{
 	"NBDMAGIC": magicServer, "IHAVEOPT": magicOption, "OPTREPLY": magicOptReply,
 	"REQUEST": magicRequest, "REPLY": magicSimple,
-	"EXPORT_NAME": 1, "ABORT": 2, "LIST": 3, "STARTTLS": 5, "INFO": 6, "GO": 7, "STRUCTURED_REPLY": 8,
+	"EXPORT_NAME": 1, "ABORT": 2, "LIST": 3, "PEEK_EXPORT": 4, "STARTTLS": 5, "INFO": 6, "GO": 7, "STRUCTURED_REPLY": 8,
+	"LIST_META_CONTEXT": 9, "SET_META_CONTEXT": 10, "EXTENDED_HEADERS": 11,
 	"ACK": 1, "SERVER": 2, "REP_INFO": 3,
 	"ERR_UNSUP": 1<<31 + 1, "ERR_INVALID": 1<<31 + 3, "ERR_UNKNOWN": 1<<31 + 6, "ERR_TOO_BIG": 1<<31 + 9,
 	"READ": 0, "WRITE": 1, "DISC": 2, "FLUSH": 3, "TRIM": 4, "CACHE": 5, "WRITE_ZEROES": 6, "BLOCK_STATUS": 7,
@@ -99,7 +121,7 @@ func scriptBytes(words []string) (b []byte, err error) {
 	return b, err
 }
 
-func playScript(t *testing.T, rc rawConn, file string) {
+func playScript(t *testing.T, rc rawConn, file string, put func(rc rawConn, b []byte)) {
 	f, err := os.Open(file)
 	if err != nil {
 		t.Fatal(err)
@@ -125,14 +147,14 @@ func playScript(t *testing.T, rc rawConn, file string) {
 		case verb == "S" && args[0] == "EOF":
 			rc.eof()
 		case verb == "C" && args[0] == "EOF":
-			rc.CloseWrite()
+			rc.closeWrite()
 		case verb == "C" || verb == "S":
 			b, err := scriptBytes(args)
 			if err != nil {
 				t.Fatalf("%s: %v", where, err)
 			}
 			if verb == "C" {
-				rc.put(b)
+				put(rc, b)
 			} else {
 				mustEqual(t, where, rc.get(len(b)), b)
 			}

@@ -45,18 +45,23 @@ type Options struct {
 	// which every client may assume.
 	PayloadBytesMax uint32
 
-	// BytesMax bounds the payload in flight on each connection, in bytes: data
-	// of reads not yet taken by the client, and of writes not yet done. A
-	// single request is always let in. Default 32 MiB.
+	// BytesMax bounds the payload in flight on all connections together, in
+	// bytes: data of reads not yet taken by the client, and of writes not yet
+	// done, counted in blocks of 4096 bytes. PayloadBytesMax of it are for one
+	// long request at a time, a quarter is divided among ConnectionsMax
+	// connections, the rest is for those who come; so clients that do not read
+	// or send on cannot keep the others out. At least, and by default, twice
+	// PayloadBytesMax.
 	BytesMax uint64
 
 	// HandshakeTimeout bounds the handshake. Default 10 s.
 	HandshakeTimeout time.Duration
 
-	// StallTimeout is for how long a client may leave a request half sent, or
-	// a reply unread while the socket is full, before it is cut off; it may be
-	// idle for ever. It is what ends the claim of a stopped client on memory.
-	// Default 5 min; negative means no limit.
+	// StallTimeout is how long a client may take to send the rest of a header,
+	// to send a payload, or to take what is sent to it at once (the replies that
+	// are ready, up to 1 MiB, or one), before it is cut off; it may be idle for
+	// ever. It is what ends the claim of a stopped client on memory. Default
+	// 5 min, in which 1 Mbit/s moves the longest payload; negative means no limit.
 	StallTimeout time.Duration
 
 	// Log is called for what operators may want to know; nil means nobody
@@ -69,7 +74,7 @@ func (o Options) withDefaults() Options {
 	setDefault(&o.ConnectionsMax, 256)
 	setDefault(&o.RequestsMax, 128)
 	setDefault(&o.PayloadBytesMax, 32<<20)
-	setDefault(&o.BytesMax, 32<<20)
+	setDefault(&o.BytesMax, 2*uint64(o.PayloadBytesMax))
 	setDefault(&o.HandshakeTimeout, 10*time.Second)
 	setDefault(&o.StallTimeout, 5*time.Minute)
 	return o
@@ -114,6 +119,9 @@ func (o Options) Validate() error {
 	}
 	if p := o.PayloadBytesMax; p < 64<<10 || p > 1<<30 || p&(p-1) != 0 {
 		fault("PayloadBytesMax %d is not a power of two from 64 KiB to 1 GiB", p)
+	}
+	if o.BytesMax < 2*uint64(o.PayloadBytesMax) {
+		fault("BytesMax %d is less than twice PayloadBytesMax %d", o.BytesMax, o.PayloadBytesMax)
 	}
 	if o.HandshakeTimeout < 0 {
 		fault("HandshakeTimeout %v is negative", o.HandshakeTimeout)
@@ -163,6 +171,7 @@ type Server struct {
 	opts    Options            // immutable
 	exports map[string]*Export // immutable; points into opts.Exports
 
+	budget   budget
 	counters counters
 
 	mu struct {
@@ -187,6 +196,7 @@ func NewServer(opts Options) (*Server, error) {
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
 	}
+	s.budget.init(s.opts.BytesMax, uint64(s.opts.PayloadBytesMax), s.opts.ConnectionsMax)
 	s.opts.Exports = append([]Export(nil), opts.Exports...)
 	for i := range s.opts.Exports {
 		s.exports[s.opts.Exports[i].Name] = &s.opts.Exports[i]
@@ -242,10 +252,13 @@ func (s *Server) Serve(l net.Listener) error {
 }
 
 // acceptAgain reports whether accepting may succeed later: the host is short of
-// something, or the client was gone before it was accepted.
+// something, or it is an error of the client's connection, which Linux passes on
+// (accept(2) lists them).
 func acceptAgain(err error) bool {
 	for _, n := range []syscall.Errno{
 		syscall.EMFILE, syscall.ENFILE, syscall.ENOBUFS, syscall.ENOMEM, syscall.ECONNABORTED, syscall.EINTR,
+		syscall.EPERM, syscall.EPROTO, syscall.ENOPROTOOPT, syscall.ENETDOWN, syscall.ENETUNREACH,
+		syscall.EHOSTDOWN, syscall.EHOSTUNREACH, syscall.ENONET, syscall.ETIMEDOUT,
 	} {
 		if errors.Is(err, n) {
 			return true
@@ -256,17 +269,18 @@ func acceptAgain(err error) bool {
 
 // start serves nc on a goroutine of its own, if there is room for it.
 func (s *Server) start(nc net.Conn) {
-	c := newConn(s, nc)
 	s.mu.Lock()
+	var c *conn
 	stopping, full := s.mu.stopping, len(s.mu.conns) >= s.opts.ConnectionsMax
 	if !stopping && !full {
+		c = newConn(s, nc)
 		s.mu.connID++
 		c.id = s.mu.connID
 		s.mu.conns[c] = struct{}{}
 	}
 	s.mu.Unlock()
-	if stopping || full {
-		if full {
+	if c == nil {
+		if !stopping {
 			s.counters.connectionsRefused.Add(1)
 			s.log(Event{Kind: EventRefused, Remote: remoteOf(nc), Err: errTooManyConnections})
 		}

@@ -20,6 +20,7 @@ import (
 
 	"cnbd/config"
 	"cnbd/device"
+	"cnbd/internal/block"
 	"cnbd/internal/compression"
 	"cnbd/internal/control"
 	"cnbd/internal/disk"
@@ -30,6 +31,10 @@ import (
 // drainTimeout is what the requests in flight have to be answered when the
 // server is told to stop.
 const drainTimeout = 10 * time.Second
+
+// largestRequest is what NBD's largest request takes in a device, in bytes: 32 MiB,
+// and a block more where it is not aligned.
+const largestRequest = 32<<20 + block.Size
 
 func newServe() *cobra.Command {
 	var file string
@@ -108,7 +113,7 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 		return err
 	}
 	opts := nbd.Options{
-		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax,
+		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax, BytesMax: uint64(c.Payload),
 		HandshakeTimeout: c.HandshakeTimeout, Log: s.event,
 	}
 	for _, v := range s.stores {
@@ -268,7 +273,8 @@ func (s *serving) open(v *served) error {
 	v.file = nil // the device's from here on
 	v.device, err = device.Open(f, device.Options{
 		ReadOnly:   e.ReadOnly,
-		CacheBytes: share(c.Cache), PayloadBytes: share(c.Payload), MapCacheBytes: share(c.MapCache),
+		CacheBytes: share(c.Cache), MapCacheBytes: share(c.MapCache),
+		PayloadBytes:  max(share(c.Payload), largestRequest),
 		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
 		Codec: &codec, Workers: c.WorkerCount(),
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
