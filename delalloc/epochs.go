@@ -20,11 +20,21 @@ type Epoch struct {
 	since time.Time // guarded by mu; when it became dirty, zero if it is not
 }
 
-// Touch notes that e is dirty from now on.
+// Touch notes that e is dirty from now on. It is called after the state of e has
+// been changed.
 func (e *Epoch) Touch(now time.Time) {
 	e.mu.Lock()
 	if e.since.IsZero() {
 		e.since = now
+	}
+	e.mu.Unlock()
+}
+
+// settle notes that e is clean, if it is: nothing in it is dirty or being changed.
+func (e *Epoch) settle() {
+	e.mu.Lock()
+	if e.State.Empty() {
+		e.since = time.Time{} // who changes the state from here on touches e later
 	}
 	e.mu.Unlock()
 }

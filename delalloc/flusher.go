@@ -155,12 +155,15 @@ func (f *Flusher) commitLoop() {
 		timed := false
 		select {
 		case <-f.ctx.Done():
-			return
 		case <-f.wake:
 		case <-timer.C:
 			timed = true
 		}
 		f.mu.Lock()
+		if f.ctx.Err() != nil { // both may be ready, and select chooses at random
+			f.mu.Unlock()
+			return
+		}
 		if f.wanted <= f.begun && !(timed && f.dirty.Load()) {
 			f.mu.Unlock()
 			continue
@@ -186,20 +189,23 @@ func (f *Flusher) commitLoop() {
 func (f *Flusher) backgroundLoop() {
 	timer := time.NewTicker(f.opts.Period)
 	defer timer.Stop()
-	c := Control{Cyclic: true}
+	round := Control{Cyclic: true}
 	for {
-		expired := false
+		c := &round
 		select {
 		case <-f.ctx.Done():
 			return
 		case <-f.kick:
 		case <-timer.C:
-			since := f.opts.Epochs.Open().dirtySince()
-			expired = !since.IsZero() && time.Since(since) >= f.opts.Expire
+			if since := f.opts.Epochs.Open().dirtySince(); !since.IsZero() && time.Since(since) >= f.opts.Expire {
+				// Once over all blocks, whatever the limit: what is dirtied behind
+				// the cursor is not old, and a steady writer does not keep it going.
+				c = &Control{}
+			}
 		}
-		for f.ctx.Err() == nil && (expired || f.opts.Background()) {
+		for f.ctx.Err() == nil && (!c.Cyclic || f.opts.Background()) {
 			c.Written, c.Budget = 0, passBlocks
-			if err := f.opts.Writeback.Background(f.ctx, f.opts.Epochs, &c, f.opts.Pressure()); err != nil {
+			if err := f.opts.Writeback.Background(f.ctx, f.opts.Epochs, c, f.opts.Pressure()); err != nil {
 				f.opts.Failed(err)
 				break
 			}

@@ -160,13 +160,13 @@ type Control struct {
 	Written block.Count
 }
 
-// Writepages hands dirty ranges of e off until the budget is used up or nothing
+// writepages hands dirty ranges of e off until the budget is used up or nothing
 // is dirty. It sleeps for tokens of the queue. REQUIRES: w.handOff held, and
 // e is the oldest epoch with anything dirty.
 func (w *Writeback) writepages(ctx context.Context, e *Epoch, c *Control) error {
 	begin, wrapped := c.Next, false
 	for c.Written < c.Budget {
-		r, have, ok := e.State.Find(c.Next, extents.Delalloc|extents.DirtyHole, rangeBlocksMax)
+		r, have, ok := e.State.Find(c.Next, extents.Delalloc|extents.DirtyHole, 0)
 		if ok && wrapped && r.Start >= begin {
 			ok = false
 		}
@@ -180,10 +180,11 @@ func (w *Writeback) writepages(ctx context.Context, e *Epoch, c *Control) error 
 		var done block.Range
 		var err error
 		if have&extents.DirtyHole != 0 {
-			// A hole has no pages: all of its run, however long.
-			r, _, _ = e.State.Find(c.Next, extents.DirtyHole, 0)
+			// A hole has no pages: all of its run, however long. It is not looked
+			// for again, since it may be gone by then.
 			done, ok = w.handOffHole(e, r)
 		} else {
+			r.End = min(r.End, r.Start+rangeBlocksMax)
 			done, ok, err = w.writeRange(ctx, e, r)
 		}
 		if err != nil {
@@ -550,6 +551,7 @@ func (w *Writeback) Background(ctx context.Context, es *Epochs, c *Control, pres
 	if err := w.writepages(ctx, e, c); err != nil && !errors.Is(err, context.Canceled) {
 		return err
 	}
+	e.settle()
 	if pressure {
 		w.opts.Queue.Submit(&kickTask{w.opts.Log}, 0)
 	}
