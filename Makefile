@@ -6,7 +6,7 @@ LDFLAGS ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
 SCALE   ?= 20
 
-.PHONY: help build install setup test test-long lint fuzz bench cover clean
+.PHONY: help build install setup test test-long lint fuzz bench bench-peers cover clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -37,6 +37,9 @@ fuzz: ## every fuzz target for FUZZTIME each (default 1m)
 
 bench: ## the benchmarks beside the code (BENCH=regexp to choose)
 	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem ./...
+
+bench-peers: setup build ## cnbd beside nbdkit and qemu-nbd (IMAGE, ROUNDS, DIR; see bench/README.md)
+	@bench/peers.py --cnbd bin/cnbd
 
 cover: ## test coverage of each function, all packages together
 	@mkdir -p build

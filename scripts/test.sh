@@ -6,7 +6,7 @@
 #   STAGES            which stages, of: plain invariants race fuzz
 #   PACKAGES          which packages (./...)
 #   FUZZTIME          time for each fuzz target (3s)
-#   TEST_TIMEOUT      longest time for the tests of one package (5m)
+#   TEST_TIMEOUT      longest time for the tests of one package (10m)
 #   CNBD_TEST_SCALE   multiplier of random, crash and stress counts (1)
 #   CI=true           no cached results, and a missing tool is a failure
 set -u
@@ -15,7 +15,7 @@ PATH=$PATH:/usr/sbin:/sbin
 
 stages=${STAGES:-plain invariants race fuzz}
 read -ra packages <<<"${PACKAGES:-./...}"
-flags=(-timeout "${TEST_TIMEOUT:-5m}")
+flags=(-timeout "${TEST_TIMEOUT:-10m}")
 [ "${CI:-}" = true ] && flags+=(-count=1)
 
 dir=build/test

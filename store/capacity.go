@@ -13,9 +13,10 @@ import (
 const segmentsWanted = 512
 
 // DefaultSegmentSize is the segment size of a store that holds up to size bytes:
-// size/512, rounded down to a power of two, from 1 MiB to [SegmentSizeMax].
+// size/512, rounded down to a power of two, from 2 MiB, so that headers are half
+// a percent, to [SegmentSizeMax].
 func DefaultSegmentSize(size uint64) uint32 {
-	const least = 1 << 20
+	const least = 2 << 20
 	n := min(max(size/segmentsWanted, least), SegmentSizeMax)
 	return 1 << (bits.Len64(n) - 1)
 }

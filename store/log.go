@@ -236,6 +236,11 @@ func (l *log) rollLocked() error {
 	return nil
 }
 
+// tailLocked is the longest payload that fits into what is left of the segment.
+func (l *log) tailLocked() uint32 {
+	return l.segments.size - min(l.segments.size, l.mu.end+recordHeader)
+}
+
 // appendLocked appends one record, whose payload is the concatenation of parts,
 // and returns the place of the payload. The parts are borrowed. The record
 // belongs to the current epoch. REQUIRES: l.mu held.

@@ -15,7 +15,7 @@ type Recovery struct {
 	Checkpoint uint64 // sequence number of the checkpoint that replay started from
 	Epoch      uint64 // of the commit whose state the store has now
 	Segments   int    // segments of the log that were read
-	Bytes      uint64 // of log that were read
+	Bytes      uint64 // of the log that was accepted
 	Records    uint64 // that were applied
 	Dropped    uint64 // records of an epoch that no commit closed
 	Damaged    uint64 // records of durable epochs that could not be read; their blocks are lost
@@ -71,7 +71,6 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 		return logEnd{}, err
 	}
 	s.recovery.Segments = sc.segments
-	s.recovery.Bytes = sc.bytes
 
 	var t tally
 	first := 0 // the first record of the epoch being judged
@@ -120,6 +119,7 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 	if s.recovery.Damaged > 0 {
 		s.opts.Warn(fmt.Sprintf("%d records of the log are damaged, their blocks are lost", s.recovery.Damaged), ErrCorrupt)
 	}
+	s.recovery.Bytes = sc.end.bytes
 	// The accepted log ends in the segment of end, whose header names where to go on.
 	sc.end.head, sc.end.offset = sc.heads[end.serial], end.offset
 	return sc.end, nil
@@ -157,7 +157,6 @@ type scanner struct {
 	fault   *fault
 
 	segments int
-	bytes    uint64
 	buf      []byte
 }
 
@@ -254,7 +253,6 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 				return nil, fmt.Errorf("store: read segment %d at %d: %w", head.number, off, err)
 			}
 			window, start = sc.buf[:k], off
-			sc.bytes += uint64(k)
 		}
 		w := window[off-start:]
 		return w[:min(int(n), len(w))], nil

@@ -195,27 +195,65 @@ func (s *Store) AppendData(b extents.Blob) error {
 		return err
 	}
 	invariants.Assertf(b.Count > 0 && b.Count <= ExtentBlocksMax && b.Present != 0 && uint64(b.Present)>>b.Count == 0, "blob %d+%d %b", b.Start, b.Count, b.Present)
-	h := header{kind: recordData, codec: b.Codec, level: b.Level, start: b.Start, count: block.Count(b.Count), present: b.Present}
 	s.log.mu.Lock()
-	ref, err := s.log.appendLocked(h, b.Parts...)
-	if err == nil {
-		s.mu.Lock()
-		insertBlob(s.mu.open, extents.Data, h, ref)
-		s.entries.Store(s.overlayLenLocked())
-		s.mu.Unlock()
+	defer s.log.mu.Unlock()
+	if b.Codec == 0 {
+		// Raw blocks can be cut anywhere, so they fill a segment to its end.
+		if n := int(s.log.tailLocked() / block.Size); n > 0 && n < bits.OnesCount32(b.Present) {
+			var head extents.Blob
+			head, b = cutRaw(b, n)
+			if err := s.appendBlobLocked(head); err != nil {
+				return err
+			}
+		}
 	}
-	s.log.mu.Unlock()
+	return s.appendBlobLocked(b)
+}
+
+// appendBlobLocked appends b as one record. REQUIRES: log.mu held.
+func (s *Store) appendBlobLocked(b extents.Blob) error {
+	h := header{kind: recordData, codec: b.Codec, level: b.Level, start: b.Start, count: block.Count(b.Count), present: b.Present}
+	ref, err := s.log.appendLocked(h, b.Parts...)
 	if err != nil {
 		return err
 	}
-	n := uint64(bits.OnesCount32(b.Present)) * block.Size
+	s.mu.Lock()
+	insertBlob(s.mu.open, extents.Data, h, ref)
+	s.entries.Store(s.overlayLenLocked())
+	s.mu.Unlock()
 	s.metrics.dataRecords.Add(1)
-	s.metrics.dataBytes.Add(n)
+	s.metrics.dataBytes.Add(uint64(bits.OnesCount32(b.Present)) * block.Size)
 	s.metrics.storedBytes.Add(uint64(ref.length))
 	if b.Codec == 0 {
 		s.metrics.rawRecords.Add(1)
 	}
 	return nil
+}
+
+// cutRaw cuts the blob b, whose stored bytes are its blocks, behind the first n
+// of those that it holds, of which there are more.
+func cutRaw(b extents.Blob, n int) (head, tail extents.Blob) {
+	rest := b.Present
+	for range n {
+		rest &= rest - 1
+	}
+	first := bits.TrailingZeros32(rest) // block of the tail
+	head, tail = b, b
+	head.Count, head.Present = uint8(first), b.Present&^rest
+	tail.Start, tail.Count, tail.Present = b.Start+block.Index(first), b.Count-uint8(first), rest>>first
+	head.Parts, tail.Parts = nil, nil
+	left := n * block.Size
+	for _, p := range b.Parts {
+		k := min(left, len(p))
+		left -= k
+		if k > 0 {
+			head.Parts = append(head.Parts, p[:k])
+		}
+		if k < len(p) {
+			tail.Parts = append(tail.Parts, p[k:])
+		}
+	}
+	return head, tail
 }
 
 // insertBlob enters a data record in an overlay: a run of present blocks is an

@@ -65,10 +65,11 @@ func TestImage(t *testing.T) {
 
 			s = serve(t, path)
 			began = time.Now()
-			doFor(t, limit, "sh", "-c", `"$0" "$1" - | "$2" - "$3"`, nbdcopy, s.uri, cmp, image)
-			out := time.Since(began)
 			doFor(t, limit, qemuImg, "compare", "-f", "raw", "-F", "raw", image, s.uri)
-			t.Logf("written in %v, read and compared in %v", in.Round(time.Millisecond), out.Round(time.Millisecond))
+			t.Logf("written in %v, compared in %v", in.Round(time.Millisecond), time.Since(began).Round(time.Millisecond))
+			if c.setting.Codec == compression.Zstd { // one codec is enough for the slower way
+				doFor(t, limit, "sh", "-c", `"$0" "$1" - | "$2" - "$3"`, nbdcopy, s.uri, cmp, image)
+			}
 			s.stop(t)
 			doFor(t, limit, binary, "check", "--data", path)
 		})
@@ -77,9 +78,8 @@ func TestImage(t *testing.T) {
 
 const (
 	imageSize = 2 << 30
-	// imageFiles is how much goes into the filesystem, at least if the machine
-	// has that much.
-	imageFiles = 1300 << 20
+	// imageFiles is how many bytes of files go into it, if the machine has them.
+	imageFiles = 1100 << 20
 )
 
 // realImage makes a file with an ext4 filesystem of files that every machine
@@ -97,6 +97,9 @@ func realImage(t *testing.T) string {
 			}
 			if err != nil || !e.Type().IsRegular() {
 				return nil // what cannot be read is left out
+			}
+			if st, err := e.Info(); err != nil || st.Size() > imageSize/8 {
+				return nil // one that might not fit as well
 			}
 			rel, err := filepath.Rel(root, path)
 			if err != nil {
