@@ -232,3 +232,80 @@ func TestClientOfBrokenServers(t *testing.T) {
 		t.Errorf("a silent server: %v", err)
 	}
 }
+
+// What a server tells of its block size is kept to, as the client asked for it.
+func TestClientKeepsToTheBlockSize(t *testing.T) {
+	dial := func(least, most uint32) (*Client, error) {
+		info := binary.BigEndian.AppendUint16(nil, infoExport)
+		info = append(info, export(1<<20, FlagHasFlags, 0)...)
+		sizes := binary.BigEndian.AppendUint16(nil, infoBlockSize)
+		for _, n := range []uint32{least, max(least, 4096), most} {
+			sizes = binary.BigEndian.AppendUint32(sizes, n)
+		}
+		return NewClient(t.Context(), scriptServer(t, greeting(3), appendOptReply(nil, optGo, repInfo, info),
+			appendOptReply(nil, optGo, repInfo, sizes), appendOptReply(nil, optGo, repAck, nil)), "")
+	}
+	c, err := dial(512, 10_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if c.lenMin != 512 || c.lenMax != 9728 {
+		t.Errorf("from %d to %d", c.lenMin, c.lenMax)
+	}
+	for name, err := range map[string]error{
+		"read":   c.ReadAt(t.Context(), make([]byte, 512), 100),
+		"write":  c.WriteAt(t.Context(), make([]byte, 513), 0, false),
+		"trim":   c.Trim(t.Context(), 0, 1, false),
+		"zeroes": c.WriteZeroes(t.Context(), 511, 512, ZeroFlags{}),
+	} {
+		if err != EINVAL {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	for _, sizes := range [][2]uint32{{0, 4096}, {3, 4096}, {1 << 17, 1 << 20}, {512, 511}, {1, 0}} {
+		if c, err := dial(sizes[0], sizes[1]); err == nil || !strings.Contains(err.Error(), "block sizes") {
+			t.Errorf("%v: %v", sizes, err)
+			if err == nil {
+				c.Close()
+			}
+		}
+	}
+	if c, err := dial(1, 1<<32-1); err != nil || c.lenMax != clientPayloadMax {
+		t.Errorf("no limit: %v", err)
+	} else {
+		c.Close()
+	}
+}
+
+// Disconnect ends with its context, even where another call is stuck sending.
+func TestClientDisconnectContext(t *testing.T) {
+	a, b := net.Pipe()
+	defer b.Close()
+	go func() { // a server that answers the handshake and then takes nothing
+		b.Write(greeting(0))
+		io.ReadFull(b, make([]byte, 4+optionSize))
+		b.Write(export(1<<20, FlagHasFlags, reservedZeroes))
+	}()
+	c, err := NewClient(t.Context(), a, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	stuck := make(chan error, 1)
+	go func() { stuck <- c.WriteAt(t.Context(), make([]byte, 1000), 0, false) }()
+	eventually(t, "it is sending", func() bool {
+		if c.send.TryLock() {
+			c.send.Unlock()
+			return false
+		}
+		return true
+	})
+	ctx, cancel := context.WithCancel(t.Context())
+	go cancel()
+	if err := c.Disconnect(ctx); err != context.Canceled {
+		t.Errorf("Disconnect: %v", err)
+	}
+	if err := <-stuck; err != ErrClientClosed {
+		t.Errorf("the write: %v", err)
+	}
+}

@@ -19,11 +19,11 @@
 // fewer than RequestsMax requests in flight and the server's budget of payload
 // has memory for it, and hands it to a worker: an idle one, else a new one, so
 // there is at most one worker more than there were requests in flight. Workers
-// call the backend concurrently and in no order. A finished request is queued; the worker that
-// finds nobody sending becomes the sender, and sends all that is ready, with as
-// few system calls as it can, until nothing is. So there is neither a goroutine
-// nor a hand-off between a lone request and its reply, and replies that are
-// ready together leave together.
+// call the backend concurrently and in no order. A finished request is queued;
+// the worker that finds nobody sending becomes the sender, and sends all that is
+// ready, with as few system calls as it can, until nothing is. So there is neither
+// a goroutine nor a hand-off between a lone request and its reply, and replies
+// that are ready together leave together.
 //
 // The payload of a WRITE is received into memory that [Backend.PrepareWrite]
 // hands out; it is the reader that waits there while memory or the dirty limit

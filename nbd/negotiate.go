@@ -85,17 +85,10 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 		return false, err
 	}
 
-	if opt == optAbort {
+	switch opt {
+	case optAbort:
 		c.nc.Write(appendOptReply(nil, opt, repAck, nil)) // to a client that may be gone already
 		return false, errAborted
-	}
-	if c.in.stopped() {
-		if opt != optExportName {
-			err = c.refuse(opt, repErrShut, "")
-		}
-		return false, errors.Join(errStopped, err)
-	}
-	switch opt {
 	case optExportName:
 		return true, c.exportName(string(data), clientFlags&flagNoZeroes != 0)
 	case optList:

@@ -10,6 +10,7 @@ import (
 	"strconv"
 	"strings"
 	"testing"
+	"time"
 )
 
 // TestScripts plays the conversations in testdata/script byte by byte. A line is
@@ -47,7 +48,8 @@ func TestScripts(t *testing.T) {
 					{Name: "", Backend: newMemDisk(128 << 10)},
 					{Name: "ro", Description: "a read-only disk", Backend: ro},
 				},
-				PayloadBytesMax: 64 << 10,
+				PayloadBytesMax:  64 << 10,
+				HandshakeTimeout: time.Hour, // what must be closed is not closed by that
 			})
 			other := s.dial("")
 			playScript(t, s.raw(), file, put)

@@ -670,6 +670,54 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
+// A handshake has its time for what the server sends, too; afterwards there is
+// none of it left.
+func TestHandshakeTimeoutOfWrites(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		s, err := NewServer(Options{Exports: []Export{{Backend: newMemDisk(4096)}}, StallTimeout: -1})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newPipeListener()
+		go s.Serve(l)
+		defer s.Close()
+		stuck, good := l.dial(), l.dial()
+		defer stuck.Close()
+		defer good.Close()
+		io.ReadFull(stuck, make([]byte, 18))
+		stuck.Write(appendOption([]byte{0, 0, 0, 3}, optList, nil)) // and takes no answer
+		io.ReadFull(good, make([]byte, 18))
+		good.Write(appendOption([]byte{0, 0, 0, 3}, optExportName, nil))
+		io.ReadFull(good, make([]byte, 10))
+		time.Sleep(s.opts.HandshakeTimeout)
+		synctest.Wait()
+		if n := s.Metrics().Connections; n != 1 {
+			t.Errorf("%d connections, want the one that is through", n)
+		}
+		// Without a StallTimeout it may take a week over a request.
+		h := header{cmd: CmdRead, n: 512}.appendTo(nil)
+		good.Write(h[:20])
+		time.Sleep(7 * 24 * time.Hour)
+		good.Write(h[20:])
+		time.Sleep(7 * 24 * time.Hour)
+		if _, err := io.ReadFull(good, make([]byte, simpleReplySize+512)); err != nil {
+			t.Error(err)
+		}
+	})
+}
+
+// A handshake is not without end: so many options are answered, and no more.
+func TestTooManyOptions(t *testing.T) {
+	rc := serveDisk(t, newMemDisk(1)).raw()
+	rc.get(18)
+	rc.put([]byte{0, 0, 0, 3})
+	for range optionsMax {
+		rc.put(appendOption(nil, 77, nil))
+		mustEqual(t, "refused", rc.get(optReplySize), appendOptReply(nil, 77, repErrUnsup, nil))
+	}
+	rc.eof()
+}
+
 // failingListener fails for want of descriptors, for a fault of the client's, and
 // then for good.
 type failingListener struct {

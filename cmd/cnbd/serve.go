@@ -32,10 +32,6 @@ import (
 // server is told to stop.
 const drainTimeout = 10 * time.Second
 
-// largestRequest is what NBD's largest request takes in a device, in bytes: 32 MiB,
-// and a block more where it is not aligned.
-const largestRequest = 32<<20 + block.Size
-
 func newServe() *cobra.Command {
 	var file string
 	cmd := &cobra.Command{
@@ -274,7 +270,9 @@ func (s *serving) open(v *served) error {
 	v.device, err = device.Open(f, device.Options{
 		ReadOnly:   e.ReadOnly,
 		CacheBytes: share(c.Cache), MapCacheBytes: share(c.MapCache),
-		PayloadBytes:  max(share(c.Payload), largestRequest),
+		// The server keeps to the limit of all together. A smaller one here would
+		// let a client that stalls in its longest request stop an export's writers.
+		PayloadBytes:  int64(c.Payload) + block.Size,
 		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
 		Codec: &codec, Workers: c.WorkerCount(),
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
