@@ -104,7 +104,7 @@ func TestRandomHistories(t *testing.T) {
 		t.Run(fmt.Sprintf("%s %d", o.transform, o.extent), func(t *testing.T) {
 			g := newRig(t, o)
 			flushes := atomic.Int64{}
-			g.history(seed+uint64(i), 300*disktest.Scale(t), func(err error) { t.Errorf("failed: %v", err) }, func(epoch uint64, err error) {
+			g.history(seed+uint64(i), 250*disktest.Scale(t), func(err error) { t.Errorf("failed: %v", err) }, func(epoch uint64, err error) {
 				flushes.Add(1)
 				if _, durable := g.log.commits(); err != nil || durable < epoch {
 					t.Errorf("flush of epoch %d: %v, %d is durable", epoch, err, durable)
@@ -138,7 +138,7 @@ func TestRandomHistories(t *testing.T) {
 // once, nobody hangs, flushes fail, and everything can still be read.
 func TestRandomFailures(t *testing.T) {
 	seed := disktest.Seed(t)
-	for i := range 8 * disktest.Scale(t) {
+	for i := range 6 * disktest.Scale(t) {
 		seed := seed + uint64(i)
 		r := rand.New(rand.NewPCG(seed, 3000))
 		o := historyOptions[i%len(historyOptions)]

@@ -247,13 +247,13 @@ func isZero(p []byte) bool { return bytes.Equal(p, zeroBlock[:len(p)]) }
 // eachBlock calls f with each of the n blocks of r. It ends at once if r cannot
 // be read, and goes on over the first few errors of f.
 func eachBlock(r io.ReaderAt, n int, f func(b int, p []byte) error) error {
-	const step, errorsMax = 256, 8
+	const step, errorsMax = 16, 8
 	var errs []error
 	buf := make([]byte, min(n, step)*block.Size)
 	for b := 0; b < n && len(errs) < errorsMax; {
 		p := buf[:min(n-b, step)*block.Size]
-		if k, err := r.ReadAt(p, int64(b)*block.Size); k < len(p) {
-			return fmt.Errorf("read %d bytes at block %d, got %d: %w", len(p), b, k, err)
+		if err := readFull(r, p, int64(b)*block.Size); err != nil {
+			return err
 		}
 		for ; len(p) > 0; b, p = b+1, p[block.Size:] {
 			if err := f(b, p[:block.Size]); err != nil {

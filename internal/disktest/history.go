@@ -6,6 +6,7 @@ import (
 	"math/bits"
 	"math/rand/v2"
 	"slices"
+	"sync"
 )
 
 // A Verb is what a client asks for.
@@ -127,11 +128,8 @@ func fill(p []byte, c Content, off int64, seq, seed uint64) {
 			p, off = p[n:], off+int64(n)
 		}
 	case Text:
-		rng := rand.New(rand.NewPCG(seed, 2))
-		for len(p) > 0 {
-			// Small numbers are likelier, as common words are.
-			w := words[min(rng.IntN(len(words)), rng.IntN(len(words)))]
-			n := copy(p, w)
+		for at := seed % textSize; len(p) > 0; at = 0 {
+			n := copy(p, text()[at:])
 			p = p[n:]
 		}
 	case Noise:
@@ -141,11 +139,27 @@ func fill(p []byte, c Content, off int64, seq, seed uint64) {
 	case Zeros:
 		clear(p)
 	case Constant:
-		for i := range p {
-			p[i] = byte(seed%255) + 1
+		if len(p) > 0 {
+			p[0] = byte(seed%255) + 1
+		}
+		for n := 1; n < len(p); n *= 2 {
+			copy(p[n:], p[:n])
 		}
 	}
 }
+
+// text is what texts are parts of: made once, for it takes longer than to store it.
+var text = sync.OnceValue(func() []byte {
+	rng := rand.New(rand.NewPCG(0, 2))
+	b := make([]byte, 0, textSize+16)
+	for len(b) < textSize {
+		// Small numbers are likelier, as common words are.
+		b = append(b, words[min(rng.IntN(len(words)), rng.IntN(len(words)))]...)
+	}
+	return b[:textSize]
+})
+
+const textSize = 1 << 20
 
 var words = []string{
 	"the ", "of ", "and ", "to ", "in ", "a ", "is ", "that ", "for ", "it ", "was ", "on ", "with ", "be ",
@@ -161,6 +175,9 @@ type HistoryOptions struct {
 	// RequestMax is the largest request in bytes; 0 is 128 KiB. TRIM and
 	// WRITE_ZEROES now and then go far beyond it.
 	RequestMax int64
+	// UsualMax bounds all requests but one in 32, for histories of many cheap
+	// requests; 0 is RequestMax.
+	UsualMax int64
 	// Align is the unit of offsets and lengths in bytes; 0 is 1. Whatever it
 	// is, most requests are aligned to blocks or to sectors.
 	Align int64
@@ -181,6 +198,9 @@ type History struct {
 func NewHistory(seed uint64, o HistoryOptions) *History {
 	if o.RequestMax == 0 {
 		o.RequestMax = 128 << 10
+	}
+	if o.UsualMax == 0 {
+		o.UsualMax = o.RequestMax
 	}
 	if o.Align == 0 {
 		o.Align = 1
@@ -240,7 +260,9 @@ func (h *History) place(large bool) (off, n int64) {
 	}
 	units := size / unit
 	lengthMax := max(1, min(h.opts.RequestMax, size)/unit)
-	if large && rng.IntN(20) == 0 {
+	if h.opts.UsualMax < h.opts.RequestMax && rng.IntN(32) > 0 {
+		lengthMax = max(1, min(h.opts.UsualMax, size)/unit)
+	} else if large && rng.IntN(20) == 0 {
 		lengthMax = units
 	}
 	// As many requests of one order of magnitude as of the next.

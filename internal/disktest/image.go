@@ -1,6 +1,9 @@
 package disktest
 
-import "maps"
+import (
+	"bytes"
+	"maps"
+)
 
 const (
 	pageSize   = 4096
@@ -127,6 +130,24 @@ func (m *image) read(p []byte, off int64) {
 		p = p[hi-lo:]
 	})
 }
+
+// equal tells whether p is what is at off.
+func (m *image) equal(p []byte, off int64) bool {
+	same := true
+	pieces(off, int64(len(p)), func(i int64, lo, hi int) {
+		want := zeroPage.data[lo:hi]
+		if pg := m.page(i); pg != nil {
+			want = pg.data[lo:hi]
+		}
+		same = same && bytes.Equal(p[:hi-lo], want)
+		p = p[hi-lo:]
+	})
+	return same
+}
+
+// same tells whether m and o certainly have the same bytes: they share all of
+// their memory.
+func (m *image) same(o *image) bool { return m.size == o.size && maps.Equal(m.chunks, o.chunks) }
 
 // write puts p at off. It does not change the size. p is kept and must not be
 // changed any more: one copy of a write serves all images that it reaches.

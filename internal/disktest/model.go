@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"slices"
 
 	"cnbd/internal/block"
 )
@@ -82,18 +83,44 @@ func (m *Model) CheckCommit(r io.ReaderAt, n int) error {
 // state r has exactly. The error tells how r differs from the oldest and from
 // the newest.
 func (m *Model) Find(r io.ReaderAt, oldest int) (int, error) {
-	for n := len(m.commits) - 1; n >= oldest; n-- {
-		err := m.CheckCommit(r, n)
-		if err == nil {
-			return n, nil
-		}
-		if _, differs := err.(*Difference); !differs {
+	newest := len(m.commits) - 1
+	var alive []int
+	for n := newest; n >= oldest; n-- {
+		alive = append(alive, n)
+	}
+	const step = 64 << 10
+	got := make([]byte, min(m.now.size, step))
+	for off := int64(0); off < m.now.size && len(alive) > 0; off += int64(len(got)) {
+		got = got[:min(m.now.size-off, step)]
+		if err := readFull(r, got, off); err != nil {
 			return 0, err
 		}
+		p := got
+		pieces(off, int64(len(got)), func(i int64, lo, hi int) {
+			// Commit points share the pages that did not change between them.
+			last, same := (*page)(nil), isZero(p[:hi-lo])
+			alive = slices.DeleteFunc(alive, func(n int) bool {
+				if pg := m.commits[n].page(i); pg != last {
+					last, same = pg, m.commits[n].equal(p[:hi-lo], i*pageSize+int64(lo))
+				}
+				return !same
+			})
+			p = p[hi-lo:]
+		})
 	}
-	newest := len(m.commits) - 1
+	if len(alive) > 0 {
+		return alive[0], nil
+	}
 	return 0, fmt.Errorf("the state of no commit point in [%d,%d]: %d: %w; %d: %w", oldest, newest,
 		oldest, m.CheckCommit(r, oldest), newest, m.CheckCommit(r, newest))
+}
+
+// readFull fills p with what r has at off.
+func readFull(r io.ReaderAt, p []byte, off int64) error {
+	if k, err := r.ReadAt(p, off); k < len(p) {
+		return fmt.Errorf("read %d bytes at %d, got %d: %w", len(p), off, k, err)
+	}
+	return nil
 }
 
 // A Difference is the first place where a device is not what a Model says.
@@ -110,16 +137,17 @@ func (d *Difference) Error() string {
 // check compares [off, off+n) of r with m.
 func (m *image) check(r io.ReaderAt, off, n int64) error {
 	const step = 256 << 10
-	got, want := make([]byte, min(n, step)), make([]byte, min(n, step))
+	got := make([]byte, min(n, step))
 	for end := off + n; off < end; off += int64(len(got)) {
-		got, want = got[:min(end-off, step)], want[:min(end-off, step)]
-		if k, err := r.ReadAt(got, off); k < len(got) {
-			return fmt.Errorf("read %d bytes at %d, got %d: %w", len(got), off, k, err)
+		got = got[:min(end-off, step)]
+		if err := readFull(r, got, off); err != nil {
+			return err
 		}
-		m.read(want, off)
-		if bytes.Equal(got, want) {
+		if m.equal(got, off) {
 			continue
 		}
+		want := make([]byte, len(got))
+		m.read(want, off)
 		i := 0
 		for got[i] == want[i] {
 			i++
