@@ -267,8 +267,8 @@ func TestSlowEncoder(t *testing.T) {
 			if c.Written != 2 {
 				t.Errorf("pass %d: %d blocks handed off, want 2", i, c.Written)
 			}
+			synctest.Wait() // the first is the first to be encoded
 		}
-		synctest.Wait()
 		if n := encoding.Load(); n != 4 {
 			t.Errorf("%d of 4 chunks are or were being encoded", n)
 		}

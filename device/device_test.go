@@ -159,7 +159,7 @@ func (r *region) duel(ctx context.Context, d *Device, rng *rand.Rand, n int) err
 	size := int64(len(r.bytes))
 	for i := range n {
 		q := disktest.Request{Seq: uint64(i), Verb: disktest.VerbWrite, Len: 1 + rng.Int64N(40), Content: disktest.Described}
-		switch rng.IntN(10) {
+		switch rng.IntN(12) {
 		case 0, 1:
 			q.Off = 0
 		case 2, 3:
@@ -170,6 +170,8 @@ func (r *region) duel(ctx context.Context, d *Device, rng *rand.Rand, n int) err
 			q.Verb, q.Off, q.Len = disktest.VerbTrim, size/2, 100*block.Size
 		case 6:
 			q.Verb, q.Off, q.Len = disktest.VerbZeroes, size/2, 16*block.Size
+		case 7, 8:
+			q.Verb, q.Off, q.Len = disktest.VerbRead, size/2+rng.Int64N(16)*block.Size, 4*block.Size
 		default:
 			q.Off, q.Len, q.Content = size/2, 16*block.Size, disktest.Constant
 		}
@@ -644,6 +646,74 @@ func TestColdRead(t *testing.T) {
 	}
 	if differ(got, data) >= 0 {
 		t.Error("the data differs")
+	}
+}
+
+// TestReadOfBlockBeingWritten: a read finds that a block is absent, and before it
+// comes to look up where it is stored, the block is written and appended to the
+// log. The map then names a place that is not in the file yet, which is not damage.
+func TestReadOfBlockBeingWritten(t *testing.T) {
+	const last = 290 // in another window of the map than block 0
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(4<<20, compression.None))
+	o := smallOptions(t)
+	o.CommitInterval, o.WritebackPeriod, o.CacheBytes = time.Hour, time.Hour, 8<<20
+	d := open(t, f, o)
+	data := disktest.Request{Len: block.Size, Content: disktest.Noise}.Payload(nil)
+	if _, err := d.WriteAt(data, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	d = open(t, f, o)
+
+	reading, looked, writing, written := make(chan struct{}), make(chan struct{}), make(chan struct{}), make(chan struct{})
+	var first, second sync.Once
+	f.SetHook(func(op disktest.Op) {
+		switch {
+		case op.Kind == disktest.Read && op.Len == block.Size:
+			first.Do(func() { // it is of block 0
+				close(reading)
+				<-looked
+			})
+		case op.Kind == disktest.Write:
+			second.Do(func() {
+				close(writing)
+				<-written
+			})
+		}
+	})
+	read := make(chan error, 1)
+	go func() {
+		p, err := d.Read(t.Context(), 0, (last+1)*block.Size)
+		if err == nil {
+			p.Release()
+		}
+		read <- err
+	}()
+	<-reading
+	if _, err := d.WriteAt(data, last*block.Size); err != nil {
+		t.Fatal(err)
+	}
+	flushed := make(chan error, 1)
+	go func() { flushed <- d.Flush(t.Context()) }()
+	<-writing
+	close(looked)
+	time.AfterFunc(20*time.Millisecond, func() { close(written) }) // a read that waits for it may do so
+	if err := <-read; err != nil {
+		t.Errorf("read: %v", err)
+	}
+	if err := <-flushed; err != nil {
+		t.Error(err)
+	}
+	f.SetHook(nil)
+	if st, err := d.Status(t.Context()); err != nil || !st.Healthy {
+		t.Errorf("status: %v, %d corrupt", err, st.Store.Corrupt)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
 	}
 }
 

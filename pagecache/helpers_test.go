@@ -191,6 +191,16 @@ func (e edges) add(x Metrics) {
 
 // check fails the test if it never went one of them: then it does not show what
 // it is there to show.
+// all tells whether each way was gone.
+func (e edges) all() bool {
+	for _, n := range e {
+		if n == 0 {
+			return false
+		}
+	}
+	return len(e) > 0
+}
+
 func (e edges) check(t *testing.T) {
 	t.Helper()
 	for name, n := range e {
