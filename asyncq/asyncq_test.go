@@ -11,7 +11,6 @@ import (
 	"runtime"
 	"runtime/pprof"
 	"slices"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -19,30 +18,9 @@ import (
 	"testing/synctest"
 	"time"
 
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
-
-// testSeed is the seed of a random test: CNBD_SEED, or a fresh one. It is logged.
-func testSeed(t testing.TB) uint64 {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("CNBD_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 0, 64); err != nil {
-			t.Fatalf("CNBD_SEED: %v", err)
-		}
-	}
-	t.Logf("CNBD_SEED=%d", seed)
-	return seed
-}
-
-// testScale is CNBD_TEST_SCALE, by which longer runs multiply their counts.
-func testScale() int {
-	n, err := strconv.Atoi(os.Getenv("CNBD_TEST_SCALE"))
-	if err != nil || n < 1 {
-		return 1
-	}
-	return n
-}
 
 // A funcTask is a task made of functions, nil ones doing nothing.
 type funcTask struct {
@@ -213,8 +191,8 @@ func (task *checkedTask) Free() {
 // All Dos take different, random times: in a bubble every order of their ends
 // occurs, at no cost in time.
 func TestOrderRandomDelays(t *testing.T) {
-	seed := testSeed(t)
-	for round := range 20 * testScale() {
+	seed := disktest.Seed(t)
+	for round := range 20 * disktest.Scale(t) {
 		rnd := rand.New(rand.NewPCG(seed, uint64(round)))
 		o := Options{Workers: 1 + rnd.IntN(8), BytesMax: 1000}
 		inBubble(t, o, func(t *testing.T, q *Queue) {
@@ -244,7 +222,7 @@ func TestOrderRandomDelays(t *testing.T) {
 // Many submitters, recycled tasks, real threads; Drain and Wait on the side, and
 // Close in the middle of it.
 func TestStressAndCloseUnderLoad(t *testing.T) {
-	seed := testSeed(t)
+	seed := disktest.Seed(t)
 	o := Options{Workers: 4, BytesMax: 1000, BytesLow: 300}
 	q := New(o)
 	c := &orderCheck{t: t, q: q, workers: make([]int, o.Workers)}
@@ -279,7 +257,7 @@ func TestStressAndCloseUnderLoad(t *testing.T) {
 						runtime.Gosched()
 					}
 				})
-				if sent.Add(1) == int64(3000*testScale()) {
+				if sent.Add(1) == int64(3000*disktest.Scale(t)) {
 					close(target)
 				}
 				switch rnd.IntN(30) {
@@ -514,13 +492,13 @@ func TestCancelMeetsGrant(t *testing.T) {
 
 // The number of tokens in flight matches a model through random operations.
 func TestTokensModel(t *testing.T) {
-	seed := testSeed(t)
+	seed := disktest.Seed(t)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	inBubble(t, Options{Workers: 2, BytesMax: 100}, func(t *testing.T, q *Queue) {
 		var held, flying int64
 		var releases []func()
 		var sizes []int64
-		for range 2000 * testScale() {
+		for range 2000 * disktest.Scale(t) {
 			switch rnd.IntN(4) {
 			case 0:
 				if n := 1 + rnd.Int64N(30); held+flying+n <= 50 { // where no wait can be
@@ -649,7 +627,7 @@ func TestDrainUnderLoad(t *testing.T) {
 			}
 		})
 	}
-	for range 1000 * testScale() {
+	for range 1000 * disktest.Scale(t) {
 		before := last.Load()
 		if err := q.Drain(ctx); err != nil {
 			t.Fatal(err)

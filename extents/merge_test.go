@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 )
 
 // A mapModel is a whole map (overlay over pending trims over tree) beside the
@@ -255,7 +256,7 @@ func (m *mapModel) hurt() {
 }
 
 func TestMergeModel(t *testing.T) {
-	seed := stateSeed(t)
+	seed := disktest.Seed(t)
 	for i, c := range []struct {
 		name      string
 		nodeSize  int
@@ -277,7 +278,7 @@ func TestMergeModel(t *testing.T) {
 			rand := rand.New(rand.NewPCG(seed, uint64(100+i)))
 			heights := make(map[uint8]int)
 			trimmed, lostBlocks := 0, 0
-			for range stateScale() {
+			for range disktest.Scale(t) {
 				m := newMapModel(t, rand, c.blocks, c.nodeSize, TreeOptions{CacheBytes: c.cache})
 				m.maker.blobMax = c.blobMax
 				m.stream(0, c.blocks)

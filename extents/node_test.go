@@ -13,6 +13,7 @@ import (
 	"unsafe"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 )
 
 func mustBeCorrupt(t testing.TB, err error) {
@@ -272,10 +273,10 @@ func FuzzDecodeRoot(f *testing.F) {
 // TestNodeMutations changes stored nodes at random: each must decode to
 // something that encodes to the same bytes, or be refused.
 func TestNodeMutations(t *testing.T) {
-	rand := rand.New(rand.NewPCG(stateSeed(t), 3))
+	rand := rand.New(rand.NewPCG(disktest.Seed(t), 3))
 	seeds := [][]byte{encodeNode(nil, 0, oneOfEach()), encodeNode(nil, 2, somePointers())}
 	decoded := 0
-	for range 20000 * stateScale() {
+	for range 20000 * disktest.Scale(t) {
 		data := bytes.Clone(seeds[rand.IntN(len(seeds))])
 		for range 1 + rand.IntN(3) {
 			switch at := rand.IntN(len(data)); rand.IntN(4) {

@@ -8,6 +8,7 @@ import (
 	"testing"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
 
@@ -157,8 +158,8 @@ func TestOverlayInsert(t *testing.T) {
 
 func TestOverlayModel(t *testing.T) {
 	const blocks = 600
-	rand := rand.New(rand.NewPCG(stateSeed(t), 1))
-	for range 20 * stateScale() {
+	rand := rand.New(rand.NewPCG(disktest.Seed(t), 1))
+	for range 20 * disktest.Scale(t) {
 		maker := blobMaker{rand: rand}
 		o, model := NewOverlay(), make(mapCells, blocks)
 		for range 200 {
@@ -252,8 +253,8 @@ func BenchmarkOverlayLookup(b *testing.B) {
 
 func TestRangeSet(t *testing.T) {
 	const blocks = 300
-	rand := rand.New(rand.NewPCG(stateSeed(t), 2))
-	for range 6 * stateScale() {
+	rand := rand.New(rand.NewPCG(disktest.Seed(t), 2))
+	for range 6 * disktest.Scale(t) {
 		s, model := NewRangeSet(), make([]bool, blocks)
 		for range 150 {
 			start := rand.IntN(blocks)

@@ -3,39 +3,15 @@ package extents
 import (
 	"fmt"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
-	"time"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
-
-// stateSeed is the seed of a random test: CNBD_SEED, or a fresh one. It is logged.
-func stateSeed(t testing.TB) uint64 {
-	seed := uint64(time.Now().UnixNano())
-	if s := os.Getenv("CNBD_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 0, 64); err != nil {
-			t.Fatalf("CNBD_SEED: %v", err)
-		}
-	}
-	t.Logf("CNBD_SEED=%d", seed)
-	return seed
-}
-
-// stateScale is CNBD_TEST_SCALE, by which longer runs multiply their counts.
-func stateScale() int {
-	n, err := strconv.Atoi(os.Getenv("CNBD_TEST_SCALE"))
-	if err != nil || n < 1 {
-		return 1
-	}
-	return n
-}
 
 func rng(start, end block.Index) block.Range { return block.Range{Start: start, End: end} }
 
@@ -421,8 +397,8 @@ func (m *stateModel) compare(t testing.TB, tree *StateTree) {
 }
 
 func TestStateTreeModel(t *testing.T) {
-	seed := stateSeed(t)
-	for round := range 40 * stateScale() {
+	seed := disktest.Seed(t)
+	for round := range 40 * disktest.Scale(t) {
 		rnd := rand.New(rand.NewPCG(seed, uint64(round)))
 		blocks := 1 + rnd.IntN(200)
 		tree, model := NewStateTree(), newStateModel(blocks)
@@ -556,7 +532,7 @@ func TestStateTreeUnlockIsOneStep(t *testing.T) {
 	var wg sync.WaitGroup
 	for g := range 4 {
 		wg.Go(func() {
-			for i := range 500 * stateScale() {
+			for i := range 500 * disktest.Scale(t) {
 				tree.Lock(r, uint64(g+1))
 				if tree.Test(r, Delalloc, false) {
 					t.Errorf("locked with the holder's bits left, round %d", i)
@@ -576,7 +552,7 @@ func TestStateTreeUnlockIsOneStep(t *testing.T) {
 // order. The array is not atomic: the race detector sees it when two hold a block.
 func TestStateTreeExclusion(t *testing.T) {
 	const blocks = 64
-	seed := stateSeed(t)
+	seed := disktest.Seed(t)
 	tree := NewStateTree()
 	var held [blocks]uint64
 	var locks atomic.Int64
@@ -600,7 +576,7 @@ func TestStateTreeExclusion(t *testing.T) {
 				}
 				tree.Unlock(r, owner, Bits(rnd.Uint32())&Delalloc, DirtyHole)
 			}
-			for range 400 * stateScale() {
+			for range 400 * disktest.Scale(t) {
 				a := block.Index(rnd.IntN(blocks))
 				r := rng(a, min(a+1+block.Index(rnd.IntN(12)), blocks))
 				if rnd.IntN(4) == 0 {

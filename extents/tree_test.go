@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
 
@@ -360,7 +361,7 @@ func TestTreeCacheIsBounded(t *testing.T) {
 	_, store, root := bulkTree(t, 50000, 1, true)
 	const limit = 200 << 10
 	tree := NewTree(store, TreeOptions{CacheBytes: limit})
-	rand := rand.New(rand.NewPCG(stateSeed(t), 4))
+	rand := rand.New(rand.NewPCG(disktest.Seed(t), 4))
 	look := func(start block.Index) {
 		if err := tree.Lookup(root, rng(start, start+64), func(Extent) error { return nil }); err != nil {
 			t.Fatal(err)
@@ -422,7 +423,7 @@ func TestTreeCachedLookupAllocatesNothing(t *testing.T) {
 func TestTreeLookupDuringMerge(t *testing.T) {
 	tree, store, root := bulkTree(t, 5000, 1, true)
 	tree = NewTree(store, TreeOptions{CacheBytes: 64 << 10})
-	rand := rand.New(rand.NewPCG(stateSeed(t), 5))
+	rand := rand.New(rand.NewPCG(disktest.Seed(t), 5))
 	var current atomic.Pointer[Root]
 	current.Store(&root)
 	var wg sync.WaitGroup

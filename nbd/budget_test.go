@@ -9,6 +9,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"cnbd/internal/disktest"
 )
 
 func newShare() *share { return &share{granted: make(chan struct{}, 1)} }
@@ -71,7 +73,7 @@ func TestBudgetRandom(t *testing.T) {
 	}
 	var group sync.WaitGroup
 	for range takers {
-		sizes := make([]uint64, 300*testScale(t))
+		sizes := make([]uint64, 300*disktest.Scale(t))
 		for i := range sizes {
 			sizes[i] = 1 + r.Uint64N(payload>>r.IntN(9))
 		}

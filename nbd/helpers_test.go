@@ -3,50 +3,23 @@ package nbd
 import (
 	"bytes"
 	"context"
-	"flag"
 	"fmt"
 	"math/rand/v2"
 	"net"
 	"os"
 	"path/filepath"
 	"runtime"
-	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"cnbd/internal/disktest"
 )
 
-var seedFlag = flag.Uint64("seed", 0, "seed of the random tests; 0 takes CNBD_SEED, or one of its own")
-
-// testRand returns a random source whose seed is printed when the test fails.
-func testRand(t testing.TB) *rand.Rand {
-	seed := *seedFlag
-	if s := os.Getenv("CNBD_SEED"); seed == 0 && s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 0, 64); err != nil {
-			t.Fatalf("CNBD_SEED: %v", err)
-		}
-	}
-	if seed == 0 {
-		seed = rand.Uint64()
-	}
-	t.Logf("CNBD_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
-}
-
-// testScale is the multiplier of the long tests.
-func testScale(t testing.TB) int {
-	if s := os.Getenv("CNBD_TEST_SCALE"); s != "" {
-		n, err := strconv.Atoi(s)
-		if err != nil || n < 1 {
-			t.Fatalf("CNBD_TEST_SCALE=%q", s)
-		}
-		return n
-	}
-	return 1
-}
+// testRand returns a random source whose seed is printed.
+func testRand(t testing.TB) *rand.Rand { return rand.New(rand.NewPCG(disktest.Seed(t), 0)) }
 
 // A memDisk is a Backend over a byte slice, with a second one that holds what a
 // power cut would leave. Its hooks, when set, run at the start of their verb.

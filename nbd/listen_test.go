@@ -12,6 +12,8 @@ import (
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"cnbd/internal/disktest"
 )
 
 func TestListenUnix(t *testing.T) {
@@ -86,7 +88,7 @@ func TestListenModeIsNeverWider(t *testing.T) {
 			}
 		}
 	}()
-	for range 300 * testScale(t) {
+	for range 300 * disktest.Scale(t) {
 		l, err := Listen("unix:"+path, 0o600)
 		if err != nil {
 			t.Fatal(err)
@@ -174,7 +176,7 @@ func TestListenRemovesItsOwnSocketOnly(t *testing.T) {
 
 // Of many that want the same stale socket exactly one gets it.
 func TestListenRace(t *testing.T) {
-	for range 20 * testScale(t) {
+	for range 20 * disktest.Scale(t) {
 		path := filepath.Join(socketDir(t), "s")
 		stale(t, path)
 		var won atomic.Int64

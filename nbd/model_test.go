@@ -5,6 +5,8 @@ import (
 	"math/rand/v2"
 	"sync"
 	"testing"
+
+	"cnbd/internal/disktest"
 )
 
 // TestRandomClients lets several connections, each used by several goroutines,
@@ -44,7 +46,7 @@ func TestRandomClients(t *testing.T) {
 						noise: noise,
 					}
 					group.Go(func() {
-						for range 60 * testScale(t) {
+						for range 60 * disktest.Scale(t) {
 							if !m.step() {
 								return
 							}

@@ -16,6 +16,8 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+
+	"cnbd/internal/disktest"
 )
 
 // A gate is passed by one call for each token; entered has one for each that arrived.
@@ -492,7 +494,7 @@ func TestAbusiveClients(t *testing.T) {
 			mustEqual(t, "the good client's data", q, p)
 		}
 	})
-	for round := range 10 * testScale(t) {
+	for round := range 10 * disktest.Scale(t) {
 		for name, stream := range streams {
 			cut := len(stream)
 			if round > 0 && cut > 0 {

@@ -12,6 +12,7 @@ import (
 	"testing/synctest"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
 
@@ -529,11 +530,11 @@ func TestHoles(t *testing.T) {
 
 // The set of holes against an array.
 func TestHoleMapModel(t *testing.T) {
-	rng := seeded(t)
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
 	const n = 60
 	var m holeMap
 	var model [n]uint64
-	for i := range 3000 * scale() {
+	for i := range 3000 * disktest.Scale(t) {
 		r := block.Span(block.Index(rng.IntN(n)), block.Count(1+rng.IntN(12)))
 		r.End = min(r.End, n)
 		switch rng.IntN(3) {

@@ -3,34 +3,10 @@ package pagecache
 import (
 	"context"
 	"encoding/binary"
-	"math/rand/v2"
-	"os"
-	"strconv"
 	"testing"
 
 	"cnbd/internal/block"
 )
-
-// scale multiplies the length of long tests.
-func scale() int {
-	if n, err := strconv.Atoi(os.Getenv("CNBD_TEST_SCALE")); err == nil && n > 0 {
-		return n
-	}
-	return 1
-}
-
-// seeded is a source of random numbers whose seed is logged and can be given.
-func seeded(t *testing.T) *rand.Rand {
-	seed := rand.Uint64()
-	if s := os.Getenv("CNBD_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("CNBD_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
-}
 
 // blocks is a size in bytes.
 func blocks(n int) int64 { return int64(n) * block.Size }

@@ -11,6 +11,7 @@ import (
 	"testing"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 )
 
 // A model is what the package promises, said simply: for each block its versions,
@@ -73,7 +74,7 @@ func (v *modelVersion) clean() bool { return v.attached && !v.dirty && !v.writeb
 func (v *modelVersion) counted() bool { return v.dirty || v.writeback || v.fails }
 
 func TestModel(t *testing.T) {
-	rng := seeded(t)
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
 	met := edges{}
 	for _, o := range []Options{
 		{CacheBytes: blocks(12), PayloadBytes: blocks(6), DirtyBytesMax: blocks(8)},
@@ -86,7 +87,7 @@ func TestModel(t *testing.T) {
 			for b := range m.blocks {
 				m.blocks[b].todo = map[uint64]string{}
 			}
-			for m.step = range 5000 * scale() {
+			for m.step = range 5000 * disktest.Scale(t) {
 				m.operate()
 				m.compare()
 			}

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 )
 
 // A rig is a device in miniature around a tiny cache: state trees for the open and
@@ -64,7 +65,7 @@ type rigItem struct {
 }
 
 func TestStress(t *testing.T) {
-	rng := seeded(t)
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
 	met := edges{}
 	// Some ways are gone seldom, on some machines; a round takes a tenth of a second.
 	for round := 0; round == 0 || !met.all() && round < 50; round++ {
@@ -75,7 +76,7 @@ func TestStress(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%d-%d-%d", o.CacheBytes>>12, o.PayloadBytes>>12, o.DirtyBytesMax>>12), func(t *testing.T) {
 				// It is a deadlock that the deadline finds; a sound run takes seconds.
-				ctx, cancel := context.WithTimeout(context.Background(), time.Duration(scale())*2*time.Minute)
+				ctx, cancel := context.WithTimeout(context.Background(), time.Duration(disktest.Scale(t))*2*time.Minute)
 				defer cancel()
 				g := &rig{t: t, c: newCache(t, o), ctx: ctx, queue: make(chan rigItem, 4*rigBlocks)}
 				g.epoch.Store(1)
@@ -94,7 +95,7 @@ func TestStress(t *testing.T) {
 
 func (g *rig) run(rng *rand.Rand) {
 	var work, writeback, committer sync.WaitGroup
-	ops := 500 * scale()
+	ops := 500 * disktest.Scale(g.t)
 	start := func(wg *sync.WaitGroup, f func(*rand.Rand)) {
 		rng := rand.New(rand.NewPCG(rng.Uint64(), 0))
 		wg.Go(func() { f(rng) })
@@ -423,8 +424,8 @@ func (g *rig) commit(rng *rand.Rand, x rigItem) {
 
 // A freeing frame meets a waiting request in every order: no wake-up is lost.
 func TestNoLostWakeup(t *testing.T) {
-	rng := seeded(t)
-	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Duration(scale())*time.Minute, errors.New("a wake-up was lost"))
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
+	ctx, cancel := context.WithTimeoutCause(context.Background(), time.Duration(disktest.Scale(t))*time.Minute, errors.New("a wake-up was lost"))
 	defer cancel()
 	c := newCache(t, Options{CacheBytes: blocks(4), PayloadBytes: blocks(4), DirtyBytesMax: blocks(2)})
 	defer closeCache(t, c)
@@ -432,7 +433,7 @@ func TestNoLostWakeup(t *testing.T) {
 	for w := range 4 {
 		rng := rand.New(rand.NewPCG(rng.Uint64(), 0))
 		wg.Go(func() {
-			for range 1500 * scale() {
+			for range 1500 * disktest.Scale(t) {
 				n := 1 + rng.IntN(4)
 				refs, err := c.AllocPayload(ctx, n, nil)
 				if err != nil {

@@ -5,37 +5,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"math/rand/v2"
-	"os"
-	"strconv"
 	"sync"
 	"testing"
 	"testing/synctest"
 	"unsafe"
 
 	"cnbd/internal/block"
+	"cnbd/internal/disktest"
 	"cnbd/internal/invariants"
 )
-
-// scale multiplies the length of long tests.
-func scale() int {
-	if n, err := strconv.Atoi(os.Getenv("CNBD_TEST_SCALE")); err == nil && n > 0 {
-		return n
-	}
-	return 1
-}
-
-// seeded is a source of random numbers whose seed is logged and can be given.
-func seeded(t *testing.T) *rand.Rand {
-	seed := rand.Uint64()
-	if s := os.Getenv("CNBD_SEED"); s != "" {
-		var err error
-		if seed, err = strconv.ParseUint(s, 10, 64); err != nil {
-			t.Fatal(err)
-		}
-	}
-	t.Logf("CNBD_SEED=%d", seed)
-	return rand.New(rand.NewPCG(seed, 0))
-}
 
 func mustPanic(t *testing.T, what string, f func()) {
 	t.Helper()
@@ -145,13 +123,13 @@ func TestArenaConcurrent(t *testing.T) {
 	const workers, each = 8, 3
 	a := newArena[uint64](t, workers*each)
 	defer a.Close()
-	rng := seeded(t)
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
 	var wg sync.WaitGroup
 	for w := range workers {
 		rng := rand.New(rand.NewPCG(rng.Uint64(), 0))
 		wg.Go(func() {
 			var own []Frame
-			for i := range 4000 * scale() {
+			for i := range 4000 * disktest.Scale(t) {
 				if len(own) < each && rng.IntN(2) == 0 {
 					f, ok := a.Alloc()
 					if !ok {
@@ -251,7 +229,7 @@ func TestPoolConcurrent(t *testing.T) {
 	var wg sync.WaitGroup
 	for w := range 8 {
 		wg.Go(func() {
-			for range 500 * scale() {
+			for range 500 * disktest.Scale(t) {
 				b, err := p.Get(context.Background())
 				if err != nil {
 					t.Error(err)
