@@ -73,8 +73,9 @@ type Config struct {
 	MapCache Size `key:"map-cache" type:"size" help:"memory for the extent maps of all exports"`
 
 	// Extent is how much data is compressed as one, in bytes: 32KiB, 64KiB or
-	// 128KiB. Default 64KiB. It applies to data written from now on.
-	Extent Size `key:"extent" type:"32KiB|64KiB|128KiB" help:"data compressed as one: larger packs better, smaller reads faster"`
+	// 128KiB. Default 0: the store's own, and 64KiB for a new one. It applies to
+	// data written from now on.
+	Extent Size `key:"extent" type:"32KiB|64KiB|128KiB" help:"data compressed as one: larger packs better, smaller reads faster (0: the store's own, 64KiB for a new one)"`
 
 	// Workers is the number of goroutines that compress. Default 0: two more
 	// than there are processors, at most 8. At most 256. See [Config.WorkerCount].
@@ -178,7 +179,6 @@ func Default() *Config {
 		Cache:              256 * MiB,
 		Payload:            64 * MiB,
 		MapCache:           32 * MiB,
-		Extent:             64 * KiB,
 		CommitInterval:     5 * time.Second,
 		CheckpointInterval: 256 * MiB,
 		WritebackPeriod:    5 * time.Second,

@@ -55,7 +55,9 @@ func (c *Config) validate(fs *faults) {
 	}
 	fs.add("payload", within(c.Payload, 64*MiB, sizeMax))
 	fs.add("map-cache", within(c.MapCache, 1*MiB, sizeMax))
-	fs.add("extent", oneOf(c.Extent, extents))
+	if c.Extent != 0 {
+		fs.add("extent", oneOf(c.Extent, extents))
+	}
 	fs.add("workers", within(c.Workers, 0, 256))
 	fs.add("commit-interval", within(c.CommitInterval, 10*time.Millisecond, time.Hour))
 	fs.add("checkpoint-interval", within(c.CheckpointInterval, 16*MiB, 64*GiB))

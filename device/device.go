@@ -65,6 +65,9 @@ type Options struct {
 
 	// Codec is the codec for new data. Default: the store's.
 	Codec *compression.Setting
+	// ExtentBytes is how much new data is compressed as one: a power of two
+	// from 4 KiB to 128 KiB. Default: the store's.
+	ExtentBytes uint32
 	// Workers is the number of compression workers. Default: the number of CPUs
 	// plus 2, at most 8.
 	Workers int
@@ -148,8 +151,8 @@ type Device struct {
 	writes   sync.Pool
 
 	metrics struct {
-		misses, decodes, neighbours, holesRead, bookends, lookups, stale, readErrors atomic.Uint64
-		rmws, rmwRetries                                                             atomic.Uint64
+		misses, decodes, neighbours, holesRead, bookends, lookups, stale, late, readErrors atomic.Uint64
+		rmws, rmwRetries                                                                   atomic.Uint64
 	}
 }
 
@@ -196,6 +199,12 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	if o.Codec != nil {
 		d.codec = *o.Codec
 	}
+	if d.opts.ExtentBytes == 0 {
+		d.opts.ExtentBytes = d.geometry.ExtentBlocks * block.Size
+	}
+	if e := d.opts.ExtentBytes; e < block.Size || e > store.ExtentBlocksMax*block.Size || e&(e-1) != 0 {
+		return nil, fmt.Errorf("device: extents of %d bytes: want a power of two from %d to %d", e, block.Size, store.ExtentBlocksMax*block.Size)
+	}
 	if o.ReadOnly {
 		return d, nil
 	}
@@ -205,7 +214,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.queue = asyncq.New(asyncq.Options{Workers: o.Workers, BytesMax: inFlight, BytesLow: inFlight / 2})
 	d.back = delalloc.New(delalloc.Options{
 		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers),
-		Workers: o.Workers, ExtentBlocks: int(d.geometry.ExtentBlocks),
+		Workers: o.Workers, ExtentBlocks: int(d.opts.ExtentBytes / block.Size),
 	})
 	d.flusher = delalloc.StartFlusher(delalloc.FlusherOptions{
 		Writeback: d.back, Epochs: d.epochs,
@@ -425,8 +434,8 @@ type Status struct {
 	DeviceSize  uint64  `json:"device_size"`
 	Capacity    uint64  `json:"capacity"`
 	SegmentSize uint32  `json:"segment_size"`
-	ExtentSize  uint32  `json:"extent_size"`
-	Codec       string  `json:"codec"` // for new data
+	ExtentSize  uint32  `json:"extent_size"` // for new data
+	Codec       string  `json:"codec"`       // for new data
 	ReadOnly    bool    `json:"read_only"`
 	Healthy     bool    `json:"healthy"`
 	DirtyBytes  uint64  `json:"dirty_bytes"`    // not yet in the log
@@ -449,6 +458,7 @@ type ReadMetrics struct {
 	Bookends         uint64 `json:"bookends"`   // blobs read that were overwritten in part
 	Holes            uint64 `json:"holes"`      // runs answered as zeros
 	Stale            uint64 `json:"stale"`      // neighbours not filled since the map had changed
+	Late             uint64 `json:"late"`       // blocks read again since a write had come before the lookup
 	Errors           uint64 `json:"errors"`
 	ReadModifyWrites uint64 `json:"read_modify_writes"`
 	Retries          uint64 `json:"read_modify_write_retries"`
@@ -469,14 +479,14 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 	g, m := d.geometry, &d.metrics
 	st := Status{
 		UUID: g.UUID.String(), DeviceSize: g.DeviceSize, Capacity: g.Capacity, SegmentSize: g.SegmentSize,
-		ExtentSize: g.ExtentBlocks * block.Size, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,
+		ExtentSize: d.opts.ExtentBytes, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,
 		Healthy: stats.Failure == "" && stats.Corrupt == 0, DirtyBytes: d.cache.DirtyBlocks().Bytes(),
 		Ratio: stats.Ratio(), Overhead: stats.HostBytes - min(stats.HostBytes, stats.StoredBytes),
 		Store: stats, Recovery: d.Recovery(), Cache: d.cache.Metrics(),
 		Reads: ReadMetrics{
 			Misses: m.misses.Load(), Lookups: m.lookups.Load(), Decodes: m.decodes.Load(),
 			Neighbours: m.neighbours.Load(), Bookends: m.bookends.Load(), Holes: m.holesRead.Load(),
-			Stale: m.stale.Load(), Errors: m.readErrors.Load(),
+			Stale: m.stale.Load(), Late: m.late.Load(), Errors: m.readErrors.Load(),
 			ReadModifyWrites: m.rmws.Load(), Retries: m.rmwRetries.Load(),
 		},
 	}

@@ -9,6 +9,7 @@ import (
 	"cnbd/extents"
 	"cnbd/internal/block"
 	"cnbd/internal/compression"
+	"cnbd/internal/invariants"
 	"cnbd/pagecache"
 	"cnbd/store"
 )
@@ -48,6 +49,11 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 		p.Release()
 		return nil, err
 	}
+	if invariants.Enabled {
+		for i, s := range p.segments {
+			invariants.Assertf(len(s) == block.Size, "block %d of %v was read as %d bytes", i, r, len(s))
+		}
+	}
 	// The first and the last block may be wanted in part.
 	if n > 0 {
 		if cut := r.End.Bytes() - (off + uint64(n)); cut > 0 {
@@ -59,34 +65,68 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 	return p, nil
 }
 
-// readBlocks appends the blocks of r to p, a segment each.
+// readBlocks puts the blocks of r into p, a segment each.
 func (d *Device) readBlocks(ctx context.Context, r block.Range, p *Payload) error {
-	var claims []claim
-	// Claims are resolved before waiting for somebody else's.
-	for b := r.Start; b < r.End; {
+	rd := reading{d: d, p: p}
+	for range r.Len() {
+		p.segments = append(p.segments, nil)
+	}
+	for b := r.Start; b < r.End; b++ {
+		if err := rd.get(ctx, b, int(b-r.Start)); err != nil {
+			return err
+		}
+	}
+	for len(rd.claims)+len(rd.late) > 0 {
+		if err := rd.resolve(); err != nil {
+			return err
+		}
+		late := rd.late
+		rd.late = nil
+		for _, c := range late {
+			if err := rd.get(ctx, c.Block(), c.segment); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// reading is a read in progress.
+type reading struct {
+	d      *Device
+	p      *Payload
+	claims []claim
+	// late are blocks whose claims a write has overtaken before they were looked
+	// up: they are in the cache, and what the map says of them may not be in the
+	// file yet.
+	late []claim
+}
+
+// get takes block b from the cache, or claims it.
+func (rd *reading) get(ctx context.Context, b block.Index, segment int) error {
+	d, p := rd.d, rd.p
+	for {
 		ref, cl, status := d.cache.Get(b)
 		switch status {
 		case pagecache.Hit:
 			p.refs = append(p.refs, ref)
-			p.segments = append(p.segments, d.cache.Bytes(ref))
+			p.segments[segment] = d.cache.Bytes(ref)
+			return nil
 		case pagecache.Hole:
-			p.segments = append(p.segments, zeroPage[:])
+			p.segments[segment] = zeroPage[:]
+			return nil
 		case pagecache.Claimed:
-			claims = append(claims, claim{cl, len(p.segments)})
-			p.segments = append(p.segments, nil)
-		case pagecache.Filling:
-			if err := d.resolve(claims, p); err != nil {
-				return err
-			}
-			claims = claims[:0]
-			if err := d.cache.WaitFill(ctx, b); err != nil {
-				return err
-			}
-			continue
+			rd.claims = append(rd.claims, claim{cl, segment})
+			return nil
 		}
-		b++
+		// Claims are resolved before waiting for somebody else's.
+		if err := rd.resolve(); err != nil {
+			return err
+		}
+		if err := d.cache.WaitFill(ctx, b); err != nil {
+			return err
+		}
 	}
-	return d.resolve(claims, p)
 }
 
 // A claim is a block that this read has to fill.
@@ -96,8 +136,11 @@ type claim struct {
 }
 
 // resolve reads the claimed blocks, which ascend, from the store, into the cache
-// and into p. All claims are given up, also on an error.
-func (d *Device) resolve(claims []claim, p *Payload) (err error) {
+// and into the payload, but for those that are late. All claims are given up, also
+// on an error.
+func (rd *reading) resolve() (err error) {
+	d, claims := rd.d, rd.claims
+	rd.claims = rd.claims[:0]
 	if len(claims) == 0 {
 		return nil
 	}
@@ -121,13 +164,30 @@ func (d *Device) resolve(claims []claim, p *Payload) (err error) {
 			d.abandon(claims)
 			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 		}
-		if err := d.resolveWindow(claims[:n], ext, p); err != nil {
+		if err := d.resolveWindow(rd.standing(claims[:n]), ext, rd.p); err != nil {
 			d.abandon(claims[n:])
 			return err
 		}
 		claims = claims[n:]
 	}
 	return nil
+}
+
+// standing keeps those of claims, which have been looked up, that no write or trim
+// has withdrawn: what the map said of them is older than any that could have, and
+// in the file. The others become late.
+func (rd *reading) standing(claims []claim) []claim {
+	kept := claims[:0]
+	for _, c := range claims {
+		if rd.d.cache.Stands(c.Claim) {
+			kept = append(kept, c)
+		} else {
+			rd.d.cache.Abandon(c.Claim)
+			rd.late = append(rd.late, c)
+			rd.d.metrics.late.Add(1)
+		}
+	}
+	return kept
 }
 
 func (d *Device) abandon(claims []claim) {

@@ -283,6 +283,9 @@ func (d *Device) readOld(ctx context.Context, b block.Index) (o oldBlock, err er
 		}
 		// The claim is kept, and not filled: it stands until somebody writes b.
 		data, err := d.readClaimed(cl)
+		if err == errLate {
+			continue
+		}
 		if err != nil {
 			return o, err
 		}
@@ -290,8 +293,11 @@ func (d *Device) readOld(ctx context.Context, b block.Index) (o oldBlock, err er
 	}
 }
 
+// errLate says that a write has overtaken a claim before it was looked up.
+var errLate = errors.New("device: late")
+
 // readClaimed reads the one block of a claim, which stays claimed unless there is
-// an error.
+// an error, errLate among them.
 func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
 	b := cl.Block()
 	defer func() {
@@ -306,6 +312,10 @@ func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
 	d.metrics.lookups.Add(1)
 	if err != nil {
 		return nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
+	}
+	if !d.cache.Stands(cl) {
+		d.metrics.late.Add(1)
+		return nil, errLate // see reading.standing
 	}
 	switch e := ext[0]; e.Kind {
 	case extents.Hole:

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -83,7 +84,7 @@ func geometryFor(c *config.Config, e *config.Export, fixed uint64) (store.Geomet
 	}
 	g := store.Geometry{
 		DeviceSize: size, Capacity: capacity, SegmentSize: segment,
-		ExtentBlocks: uint32(c.Extent) / block.Size,
+		ExtentBlocks: uint32(cmp.Or(c.Extent, 64*config.KiB)) / block.Size,
 		Codec:        uint8(setting.Codec), Level: uint8(setting.Level),
 		DirtyMax: uint64(c.DirtyLimit()),
 	}

@@ -374,6 +374,17 @@ func TestLife(t *testing.T) {
 	read(s, 100<<20, data[:5000])
 	s.stop(t)
 
+	// A codec and an extent for new data alone.
+	s = serve(t, "--codec", "s2", "--extent", "128KiB", path)
+	if st := info(); st.Codec != "s2:fast" || st.ExtentSize != 128<<10 {
+		t.Errorf("served with s2 and extents of 128 KiB, info tells %s and %d", st.Codec, st.ExtentSize)
+	}
+	read(s, 12345, data)
+	s.stop(t)
+	if st := info(); st.Codec != still.Codec || st.ExtentSize != 64<<10 {
+		t.Errorf("the store has become one of %s and extents of %d", st.Codec, st.ExtentSize)
+	}
+
 	// Read-only: nothing changes, and several may.
 	before := contents(t, filepath.Dir(path))
 	a := serve(t, "--read-only", path)

@@ -274,7 +274,7 @@ func (s *serving) open(v *served) error {
 		// let a client that stalls in its longest request stop an export's writers.
 		PayloadBytes:  int64(c.Payload) + block.Size,
 		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
-		Codec: &codec, Workers: c.WorkerCount(),
+		Codec: &codec, ExtentBytes: uint32(c.Extent), Workers: c.WorkerCount(),
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
 		CheckpointBytes: uint64(c.CheckpointInterval),
 		Warn:            func(msg string, err error) { log.Warn().Err(err).Msg(msg) },
