@@ -4,7 +4,7 @@ GO      ?= go
 PREFIX  ?= /usr/local
 LDFLAGS ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
-SCALE   ?= 20
+SCALE   ?= 100
 
 .PHONY: help build install setup test test-long lint fuzz bench bench-peers cover clean
 
@@ -23,8 +23,8 @@ setup: ## install the tools that tests use, where missing
 test: setup build ## all checks and tests (PACKAGES=./store/... STAGES="plain race fuzz" to choose)
 	@scripts/test.sh
 
-test-long: setup build ## the same with full counts: crash, stress and fuzz (SCALE=20 FUZZTIME=2m)
-	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-3h} scripts/test.sh
+test-long: setup build ## the same with full counts, for a night (SCALE=100 FUZZTIME=2m)
+	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-12h} scripts/test.sh
 
 lint: ## gofmt, vet, staticcheck and the rules of internal/lint
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }

@@ -205,7 +205,7 @@ func (p *powerCuts) sweep(judge func(all []byte, at int64) error) error {
 			}
 			used := left.Clone()
 			read := p.readStore
-			if loss == disktest.LoseAll || p.rng.IntN(16) == 0 {
+			if loss == disktest.LoseAll || p.rng.IntN(32) == 0 {
 				read = p.read
 			}
 			err := read(used, all)
@@ -283,7 +283,11 @@ func runPowerCuts(t *testing.T, f func(seed uint64) (*powerCuts, error)) {
 	seed := disktest.Seed(t)
 	var sum powerCuts
 	start := time.Now()
-	for ; sum.histories < crashHistories*disktest.Scale(t); seed++ {
+	histories := crashHistories * disktest.Scale(t)
+	if disktest.Scale(t) > 1 {
+		histories *= 10 // a long run: 10,000 in both tests at the scale of `make test-long`
+	}
+	for ; sum.histories < histories; seed++ {
 		p, err := f(seed)
 		if err != nil {
 			t.Fatalf("CNBD_SEED=%d, history %d of the device: %v", seed, p.histories, err)
@@ -451,7 +455,7 @@ func stall(d *Device, stop chan struct{}) {
 
 // cutClient is one connection of a history: some requests, one after the other.
 func cutClient(ctx context.Context, d *Device, log *disktest.CutLog, rng *rand.Rand, client, blocks int) error {
-	for range 6 + rng.IntN(8) {
+	for range 4 + rng.IntN(8) {
 		verb := disktest.VerbWrite
 		switch n := rng.IntN(20); {
 		case n < 2:

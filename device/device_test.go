@@ -458,6 +458,25 @@ func (v *randomDevice) meet(ctx context.Context) (err error) {
 		}
 	}
 
+	// A trim is queued behind something slow; its range is written and queued, and
+	// trimmed again. When the first trim is done the second has still to come.
+	slow := slowTask(make(chan struct{}))
+	if err := request(disktest.VerbTrim, 2, 4); err != nil {
+		return err
+	}
+	d.queue.Submit(slow, 0)
+	handOff := func() error {
+		return d.back.Background(ctx, d.epochs, &delalloc.Control{Budget: 100}, true)
+	}
+	err = errors.Join(handOff(), request(disktest.VerbWrite, 2, 4), handOff(), request(disktest.VerbTrim, 2, 4))
+	close(slow)
+	for d.cache.Metrics().Writeback > 0 {
+		runtime.Gosched()
+	}
+	if err := errors.Join(err, request(disktest.VerbRead, 0, 16)); err != nil {
+		return err
+	}
+
 	// Two writes of parts of a block, which both have read.
 	if err := request(disktest.VerbWrite, 2, 1); err != nil {
 		return err
@@ -479,6 +498,13 @@ func (v *randomDevice) meet(ctx context.Context) (err error) {
 	wg.Wait()
 	return errors.Join(errs[0], errs[1], request(disktest.VerbRead, 2, 1))
 }
+
+// A slowTask is an item of the queue that takes until the channel is closed.
+type slowTask chan struct{}
+
+func (t slowTask) Do(int) error   { return nil }
+func (t slowTask) Complete(error) { <-t }
+func (t slowTask) Free()          {}
 
 // fail is the last life: a write or sync of the disk fails, while requests are
 // under way that were admitted before. Then there are n requests.

@@ -617,3 +617,29 @@ func BenchmarkAt(b *testing.B) {
 		d.At(int64(i)%d.Ops(), Random(uint64(i)))
 	}
 }
+
+// TestSame: between two syncs a cut that loses all leaves the same disk.
+func TestSame(t *testing.T) {
+	f := New(1, Options{})
+	f.Record()
+	write := func(off int64) {
+		t.Helper()
+		if _, err := f.WriteAt(make([]byte, 100), off); err != nil {
+			t.Fatal(err)
+		}
+	}
+	write(0)
+	write(4096)
+	if err := f.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	write(1 << 20)
+	for k, want := range []bool{true, true, true, false} { // with operation k
+		if got := f.At(0, LoseAll).Same(f.At(int64(k), LoseAll)); got != want {
+			t.Errorf("cut at 0 and at %d: %v, want %v", k, got, want)
+		}
+	}
+	if f.At(3, LoseAll).Same(f.At(4, KeepAll)) {
+		t.Error("a disk with a write is the same as one without")
+	}
+}

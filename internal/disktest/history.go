@@ -260,10 +260,10 @@ func (h *History) place(large bool) (off, n int64) {
 	}
 	units := size / unit
 	lengthMax := max(1, min(h.opts.RequestMax, size)/unit)
-	if h.opts.UsualMax < h.opts.RequestMax && rng.IntN(32) > 0 {
-		lengthMax = max(1, min(h.opts.UsualMax, size)/unit)
-	} else if large && rng.IntN(20) == 0 {
+	if large && rng.IntN(20) == 0 {
 		lengthMax = units
+	} else if h.opts.UsualMax < h.opts.RequestMax && rng.IntN(32) > 0 {
+		lengthMax = max(1, min(h.opts.UsualMax, size)/unit)
 	}
 	// As many requests of one order of magnitude as of the next.
 	n = 1 + rng.Int64N(int64(1)<<rng.IntN(bits.Len64(uint64(lengthMax))))

@@ -108,6 +108,7 @@ func TestHistory(t *testing.T) {
 		{Size: 1 << 20},
 		{Size: 16 << 40, RequestMax: 32 << 20},
 		{Size: 10 << 20, Align: 512},
+		{Size: 10 << 20, RequestMax: 1 << 20, UsualMax: 16 << 10},
 		{Size: 10<<20 + 4096, Align: 4096, RequestMax: 64 << 10},
 		{Size: 1000},
 		{Size: 4096, Align: 4096},
@@ -139,6 +140,9 @@ func TestHistory(t *testing.T) {
 					t.Fatalf("%+v: %s", o, r)
 				}
 				seen["large"]++
+			}
+			if o.UsualMax > 0 && r.Len > o.UsualMax {
+				seen["unusual"]++
 			}
 			if r.FUA {
 				seen["fua "+r.Verb.String()]++
@@ -172,6 +176,9 @@ func TestHistory(t *testing.T) {
 				if seen[s] == 0 {
 					t.Errorf("%+v: no request that is %s", o, s)
 				}
+			}
+			if o.UsualMax > 0 && (seen["unusual"] < 10 || seen["unusual"] > 200) {
+				t.Errorf("%+v: %d longer than usual", o, seen["unusual"])
 			}
 			if align < block.Size && seen["unaligned"] < 300 {
 				t.Errorf("%+v: %d unaligned", o, seen["unaligned"])
