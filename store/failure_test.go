@@ -1,6 +1,7 @@
 package store
 
 import (
+	"bytes"
 	"errors"
 	"syscall"
 	"testing"
@@ -186,6 +187,56 @@ func TestUnreadableLog(t *testing.T) {
 		t.Errorf("open: %v, want EIO", err)
 		if err == nil {
 			s.Close()
+		}
+	}
+}
+
+// TestTornPadding: a power cut leaves a commit whole, and behind it, up to the
+// border, what the segment held in an earlier life. The commit counts, and so do
+// those of the lives that follow.
+func TestTornPadding(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	if err := Format(f, testGeometry(100, 16)); err != nil {
+		t.Fatal(err)
+	}
+	page := bytes.Repeat([]byte{7}, block.Size)
+	for life := range 4 {
+		s, err := Open(f.Clone(), testOptions())
+		if err != nil {
+			t.Fatalf("life %d: %v", life, err)
+		}
+		f = s.file.(*disktest.Disk)
+		list, err := s.Lookup(block.Span(0, 4), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		held := 0
+		for _, e := range list {
+			if e.Kind == extents.Data {
+				held += int(e.Count)
+			}
+		}
+		if held != life {
+			t.Errorf("life %d has %d blocks of those before", life, held)
+		}
+		if err := s.AppendData(extents.Blob{Start: block.Index(life), Count: 1, Present: 1, Parts: [][]byte{page}}); err != nil {
+			t.Fatal(err)
+		}
+		c, ok, err := s.AppendCommit()
+		if err != nil || !ok {
+			t.Fatal(ok, err)
+		}
+		if err := s.Sync(c); err != nil {
+			t.Fatal(err)
+		}
+		head, end := s.log.mu.head.number, s.log.mu.end
+		if err := s.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f = f.Crash(disktest.KeepAll)
+		// The last byte of the padding, in another sector than the commit.
+		if _, err := f.WriteAt([]byte{0xff}, s.segments.base(head)+int64(end)-1); err != nil {
+			t.Fatal(err)
 		}
 	}
 }

@@ -305,10 +305,12 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 		sc.durable = max(sc.durable, h.durable)
 		sc.end.epochs = max(sc.end.epochs, h.epoch)
 		off += recordHeader + h.length
-		r.end = position{head.number, off, head.serial}
 		if h.kind == recordCommit {
-			r.end.offset = (off + alignment - 1) &^ (alignment - 1)
+			// Nothing stands before the border, and what does is not looked at: a
+			// power cut may have left the commit whole and its padding as it was.
+			off = (off + alignment - 1) &^ (alignment - 1)
 		}
+		r.end = position{head.number, off, head.serial}
 		if sc.fault == nil {
 			sc.records = append(sc.records, r)
 		}
