@@ -173,6 +173,9 @@ func TestHistory(t *testing.T) {
 		}
 		if o.Size >= 1<<20 {
 			for _, s := range []string{"large", "fua write", "fua zeroes", "fua trim", "sequential", "largest"} {
+				if s == "largest" && o.UsualMax > 0 {
+					continue // one in a thousand
+				}
 				if seen[s] == 0 {
 					t.Errorf("%+v: no request that is %s", o, s)
 				}
