@@ -57,8 +57,9 @@ type Flusher struct {
 
 // A round is one commit that somebody waits for.
 type round struct {
-	done chan struct{}
-	err  error // set before done is closed
+	done    chan struct{}
+	err     error // set before done is closed
+	waiting int   // guarded by Flusher.mu; how many still wait
 }
 
 // ErrStopped is returned by Flush after Stop.
@@ -138,12 +139,21 @@ func (f *Flusher) Flush(ctx context.Context) error {
 		r = &round{done: make(chan struct{})}
 		f.rounds[n] = r
 	}
+	r.waiting++
 	f.ask()
 	f.mu.Unlock()
 	select {
 	case <-r.done:
 		return r.err
 	case <-ctx.Done():
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	select {
+	case <-r.done: // with an error that only this caller may be told
+		return r.err
+	default:
+		r.waiting--
 		return ctx.Err()
 	}
 }
@@ -177,10 +187,14 @@ func (f *Flusher) commitLoop() {
 
 		// A commit that has begun is not cancelled: what it froze must go out.
 		err := f.opts.Writeback.Commit(context.Background(), f.opts.Epochs)
+		told := false
 		if r != nil {
-			r.err = err
+			f.mu.Lock()
+			r.err, told = err, r.waiting > 0
 			close(r.done)
-		} else if err != nil {
+			f.mu.Unlock()
+		}
+		if err != nil && !told {
 			f.opts.Failed(err)
 		}
 	}

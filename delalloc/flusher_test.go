@@ -155,6 +155,26 @@ func TestFailedCommit(t *testing.T) {
 		if failed.Load() != 2 {
 			t.Errorf("Failed was called %d times after a timed commit, want 2", failed.Load())
 		}
+		// Somebody waited, and has gone.
+		g.write(rng(0, 1), text)
+		ctx, cancel := context.WithCancel(t.Context())
+		gone := make(chan struct{})
+		g.log.fail = func(op string) error {
+			if op == "commit" {
+				cancel()
+				<-gone
+				return errFake
+			}
+			return nil
+		}
+		if err := f.Flush(ctx); !errors.Is(err, context.Canceled) {
+			t.Errorf("Flush: %v", err)
+		}
+		close(gone)
+		synctest.Wait()
+		if failed.Load() != 3 {
+			t.Errorf("Failed was called %d times after a commit that nobody waited for any more, want 3", failed.Load())
+		}
 		f.Stop()
 		g.close()
 	})

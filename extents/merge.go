@@ -31,8 +31,9 @@ type Usage interface {
 // the new root. It covers only blocks of leaves that Merge did not touch, never
 // any of an extent of changes.
 //
-// A node that is found corrupt becomes a Lost extent, over which changes are
-// entered. Usage is not told that the node or what was in it is gone: nobody
+// A node that is found corrupt or unreadable becomes a Lost extent, over which
+// changes are entered; but more than lostNodesMax of them that are unreadable end
+// the merge: it is the disk that is failing, and what it holds may come back. Usage is not told that the node or what was in it is gone: nobody
 // knows what it was. Any other error ends the merge; then there is no new root,
 // what usage was told is void, and what was written is garbage.
 //
@@ -95,7 +96,12 @@ type merger struct {
 	buf    []byte // for encoding
 
 	entries, nodes int64 // how many more than in the old tree
+	lost           int   // nodes given up
 }
+
+// lostNodesMax is how many unreadable nodes one merge gives up at most: those of
+// about 2 MiB of bad sectors.
+const lostNodesMax = 256
 
 // A frame is an inner node of the old tree that the merger is in. It is not
 // dirty, and can be kept as it is, as long as all of its children are.
@@ -116,7 +122,10 @@ func (m *merger) visit(level uint8, c child, route block.Range) error {
 	}
 	n, hot, err := m.t.peek(level, c)
 	switch {
-	case errors.Is(err, ErrCorrupt):
+	case isLost(err):
+		if m.lost++; m.lost > lostNodesMax && errors.Is(err, ErrUnreadable) {
+			return err
+		}
 		if err := m.touch(); err != nil {
 			return err
 		}
@@ -415,7 +424,7 @@ func (m *merger) root(old Root, b *builder[child]) (Root, error) {
 	// nodes are never written so unless they have siblings.)
 	for kept := !b.notes[0].fresh; kept && level > 0 && c != old.child(); level-- {
 		n, _, err := m.t.peek(level, c)
-		if err != nil && !errors.Is(err, ErrCorrupt) {
+		if err != nil && !isLost(err) {
 			return Root{}, err
 		}
 		if err != nil || n.count > 1 {
@@ -667,7 +676,7 @@ func (m *merger) absorbNext(level uint8, c child) (absorbed bool, err error) {
 		return false, nil
 	}
 	n, hot, err := m.t.peek(level, c)
-	if errors.Is(err, ErrCorrupt) {
+	if isLost(err) {
 		return false, nil // it stays as it is until something has to be done to it
 	} else if err != nil {
 		return false, err
@@ -691,7 +700,7 @@ func absorbPrevious[T entry[T]](m *merger, b *builder[T]) error {
 	}
 	c := parent.items[last]
 	n, hot, err := m.t.peek(b.level, c)
-	if errors.Is(err, ErrCorrupt) {
+	if isLost(err) {
 		return nil
 	} else if err != nil {
 		return err

@@ -107,6 +107,14 @@ const (
 // tells place, expected and found.
 var ErrCorrupt = errors.New("corrupt")
 
+// ErrUnreadable marks a node that the medium refuses to give, now and when it is
+// asked again: a bad sector. What it held may be whole.
+var ErrUnreadable = errors.New("unreadable")
+
+// isLost reports whether err says that a node is not to be had, so that what it
+// answers for is lost.
+func isLost(err error) bool { return errors.Is(err, ErrCorrupt) || errors.Is(err, ErrUnreadable) }
+
 func corruptf(format string, args ...any) error {
 	return fmt.Errorf(format+": %w", append(args, ErrCorrupt)...)
 }

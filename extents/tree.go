@@ -1,7 +1,6 @@
 package extents
 
 import (
-	"errors"
 	"fmt"
 	"sync/atomic"
 
@@ -13,8 +12,10 @@ import (
 type NodeStore interface {
 	// ReadNode returns the bytes that p leads to, their checksum verified, from
 	// the second copy if the first is damaged. The caller may keep them; nobody
-	// may change them. The error wraps ErrCorrupt if no copy is whole, and is an
-	// I/O error otherwise. What WriteNode wrote can be read at once.
+	// may change them. The error wraps ErrCorrupt if no copy is whole, and
+	// ErrUnreadable if the medium has a bad place there, which has been tried
+	// more than once; any other says nothing of the node. What WriteNode wrote
+	// can be read at once.
 	ReadNode(p Pointer) ([]byte, error)
 
 	// WriteNode appends a node of this level to the log, Copies(level) times,
@@ -68,7 +69,7 @@ func NewTree(nodes NodeStore, opts TreeOptions) *Tree {
 type TreeMetrics struct {
 	NodesRead       uint64 // calls of ReadNode
 	NodesWritten    uint64 // calls of WriteNode
-	NodesUnreadable uint64 // times that a node was found corrupt
+	NodesUnreadable uint64 // times that a node was found corrupt or unreadable
 	CacheHits       uint64 // lookups of nodes that read nothing
 	CacheMisses     uint64
 	CacheNodes      int
@@ -95,7 +96,7 @@ func (t *Tree) Metrics() TreeMetrics {
 // Lookup visits the extents of root that have blocks in r, clipped to r,
 // ascending; gaps are holes. What an unreadable node answers for is visited as
 // one extent of kind Lost. It blocks for I/O where nodes are not cached. The
-// error is the first one of visit, or of the store if it is not ErrCorrupt;
+// error is the first one of visit, or of the store if it says nothing of the node;
 // either ends the lookup. visit may call Lookup.
 func (t *Tree) Lookup(root Root, r block.Range, visit func(Extent) error) error {
 	if root.Height == 0 || !root.Keys.Overlaps(r) {
@@ -106,7 +107,7 @@ func (t *Tree) Lookup(root Root, r block.Range, visit func(Extent) error) error 
 
 func (t *Tree) lookup(level uint8, c child, r block.Range, visit func(Extent) error) error {
 	n, err := t.load(level, c)
-	if errors.Is(err, ErrCorrupt) {
+	if isLost(err) {
 		return visit(lost(c.keys.Intersect(r)))
 	} else if err != nil {
 		return err
@@ -217,7 +218,7 @@ func (t *Tree) read(level uint8, c child) (*node, error) {
 		return nil, t.mismatch(level, c, n)
 	}
 	if err != nil {
-		if errors.Is(err, ErrCorrupt) {
+		if isLost(err) {
 			t.unreadable.Add(1)
 		}
 		return nil, fmt.Errorf("extents: read map node at segment %d offset %d: %w",

@@ -52,7 +52,11 @@ func (s *memNodes) ReadNode(p Pointer) ([]byte, error) {
 			return data, nil
 		}
 	}
-	return nil, fmt.Errorf("no copy of %+v is whole: %w", p, ErrCorrupt)
+	why := ErrCorrupt
+	if p.Places[0].Checksum&1 != 0 {
+		why = ErrUnreadable
+	}
+	return nil, fmt.Errorf("no copy of %+v is whole: %w", p, why)
 }
 
 func (s *memNodes) WriteNode(level uint8, data []byte) (Pointer, error) {

@@ -5,6 +5,8 @@ import (
 	"fmt"
 	"hash/crc32"
 	"sync"
+	"syscall"
+	"time"
 
 	"cnbd/extents"
 	"cnbd/internal/disk"
@@ -327,19 +329,61 @@ func (n *nodeStore) WriteNode(level uint8, data []byte) (extents.Pointer, error)
 	return p, nil
 }
 
+// nodeRetries are the pauses before a node that the medium refuses to give is
+// asked for again: the kernel has tried for long already, so a path that failed
+// over is most of what they help with.
+var nodeRetries = []time.Duration{10 * time.Millisecond, 100 * time.Millisecond}
+
 // ReadNode implements extents.NodeStore.
 func (n *nodeStore) ReadNode(p extents.Pointer) ([]byte, error) {
-	var first error
-	for i := range p.Copies {
-		at := p.Places[i]
+	b, err := n.readCopies(p)
+	for _, pause := range nodeRetries {
+		if !mediumError(err) {
+			break
+		}
+		time.Sleep(pause)
+		b, err = n.readCopies(p)
+	}
+	if mediumError(err) {
+		err = fmt.Errorf("%w: %w", extents.ErrUnreadable, err)
+	}
+	if err != nil {
+		n.s.opts.Warn("a node of the map cannot be read, its blocks are lost", err)
+		return nil, fmt.Errorf("map node: %w", err)
+	}
+	return b, nil
+}
+
+// readCopies reads a node from the first of its copies that is whole. Without one
+// the error is an I/O error if there was any, since that may pass.
+func (n *nodeStore) readCopies(p extents.Pointer) ([]byte, error) {
+	var worst error
+	for _, at := range p.Places[:p.Copies] {
 		b := make([]byte, p.Length)
 		err := n.s.readBlob(b, blobRef{at.Segment, at.Offset, uint32(p.Length), at.Checksum})
 		if err == nil {
 			return b, nil
 		}
-		if first == nil {
-			first = err
+		if worst == nil || errors.Is(worst, ErrCorrupt) {
+			worst = err
 		}
 	}
-	return nil, fmt.Errorf("map node: %w", first)
+	return nil, worst
+}
+
+// mediumError reports whether err is what the kernel answers to a read of a bad
+// place, and not of a disk that is gone or of a file that is closed.
+func mediumError(err error) bool {
+	for _, e := range []error{
+		syscall.EIO,       // most
+		syscall.ENODATA,   // medium errors of a SCSI or NVMe disk
+		syscall.EILSEQ,    // dm-integrity, T10 protection
+		syscall.EBADMSG,   // checksums of a filesystem
+		syscall.EREMOTEIO, // target errors
+	} {
+		if errors.Is(err, e) {
+			return true
+		}
+	}
+	return false
 }
