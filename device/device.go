@@ -150,6 +150,9 @@ type Device struct {
 	payloads sync.Pool
 	writes   sync.Pool
 
+	walks      chan *walk    // idle; who walks takes one
+	prefetches chan struct{} // full when as many are at work as may be
+
 	metrics struct {
 		misses, decodes, neighbours, holesRead, bookends, lookups, stale, late, readErrors atomic.Uint64
 		rmws, rmwRetries                                                                   atomic.Uint64
@@ -160,6 +163,14 @@ type Device struct {
 // in progress, 8 MiB in all. Reads beyond that wait.
 const readScratch = 32
 
+const (
+	// walksMax is the number of walks of Allocation at a time, which bounds the
+	// memory for them: each holds about a megabyte.
+	walksMax = 4
+	// prefetchesMax is the number of Prefetches that read at a time.
+	prefetchesMax = 2
+)
+
 // Open opens the device whose store is in f, which must be locked against other
 // openers, and recovers it. It owns f from now on, also on an error.
 func Open(f disk.File, o Options) (_ *Device, err error) {
@@ -168,6 +179,11 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.owners.Store(delalloc.Owner)
 	d.payloads.New = func() any { return &Payload{d: d} }
 	d.writes.New = func() any { return &Write{d: d} }
+	d.walks = make(chan *walk, walksMax)
+	for range walksMax {
+		d.walks <- new(walk)
+	}
+	d.prefetches = make(chan struct{}, prefetchesMax)
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,

@@ -146,11 +146,34 @@ func (r *region) do(ctx context.Context, d *Device, q disktest.Request) (err err
 	if q.Len == 1 {
 		r.events["requests: of 1 byte"]++
 	}
-	if q.Verb == disktest.VerbRead {
-		return r.compare(r.buf, q.Off)
+	switch q.Verb {
+	case disktest.VerbRead:
+		return errors.Join(r.compare(r.buf, q.Off), r.checkHoles(ctx, d, q.Off, q.Len))
+	case disktest.VerbFlush:
+		return r.checkHoles(ctx, d, 0, int64(len(r.bytes)))
 	}
 	r.apply(q)
 	return nil
+}
+
+// checkHoles checks that what is told to be holes in [off, off+n) of r is zeros.
+func (r *region) checkHoles(ctx context.Context, d *Device, off, n int64) (err error) {
+	end := off + n
+	failed := d.Allocation(ctx, uint64(r.base+off), uint64(n), func(n uint64, hole bool) bool {
+		if run := r.bytes[off:][:n]; hole {
+			r.events["bytes told to be holes"] += n
+			if i := differ(run, make([]byte, n)); i >= 0 {
+				at := r.base + off + int64(i)
+				err = fmt.Errorf("byte %d (block %d) is told to be in a hole, and is %#x", at, at/block.Size, run[i])
+			}
+		}
+		off += int64(n)
+		return err == nil
+	})
+	if failed == nil && err == nil && off != end {
+		err = fmt.Errorf("told the allocation to %d instead of %d", off, end)
+	}
+	return errors.Join(failed, err)
 }
 
 // duel does n requests to a few blocks where others do the same: the border with

@@ -24,6 +24,15 @@ type Payload struct {
 // Segments are the bytes in order. They do not change, and are valid until Release.
 func (p *Payload) Segments() [][]byte { return p.segments }
 
+// Zero reports whether segment i is known to be zeros: a hole, and no page of the
+// cache. False says nothing.
+func (p *Payload) Zero(i int) bool {
+	s := p.segments[i]
+	// A segment may be the page without its beginning or its end; its capacity
+	// goes to the end of the page.
+	return len(s) > 0 && &s[:cap(s)][cap(s)-1] == &zeroPage[block.Size-1]
+}
+
 // Release gives the memory back. It is called once.
 func (p *Payload) Release() {
 	for _, r := range p.refs {

@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"testing/synctest"
@@ -560,6 +561,18 @@ func TestHoleMapModel(t *testing.T) {
 				t.Fatalf("step %d: block %d in a hole: %v, want number %d", i, b, m.contains(b), model[b])
 			}
 		}
+		part := block.Span(block.Index(rng.IntN(n)), block.Count(1+rng.IntN(n)))
+		max := 1 + rng.IntN(8)
+		holes, stop := m.in(part, max, nil)
+		if stop < min(part.End, part.Start+1) || stop > part.End || len(holes) > max+1 {
+			t.Fatalf("step %d: %d of the holes in %v, up to block %d", i, len(holes), part, stop)
+		}
+		for b := part.Start; b < min(stop, n); b++ {
+			in := slices.ContainsFunc(holes, func(r block.Range) bool { return r.Contains(b) })
+			if in != (model[b] != 0) {
+				t.Fatalf("step %d: block %d among %v: %v", i, b, holes, in)
+			}
+		}
 		end := block.Index(0)
 		m.ranges.Scan(func(start block.Index, h hole) bool {
 			if start < end || h.end <= start || int(h.end) > n || model[start] != h.seq {
@@ -572,6 +585,75 @@ func TestHoleMapModel(t *testing.T) {
 			t.Fatalf("step %d: count %d of %d", i, m.count.Load(), m.ranges.Len())
 		}
 	}
+}
+
+// Unstored finds what is dirty, in writeback or failed, and nothing else, by
+// either way of looking, while other blocks come and go.
+func TestUnstored(t *testing.T) {
+	c := newCache(t, Options{CacheBytes: blocks(256), PayloadBytes: blocks(16), DirtyBytesMax: blocks(256), BackgroundBytes: blocks(255)})
+	defer closeCache(t, c)
+	expect := func(r block.Range, max int, end block.Index, want ...block.Index) {
+		t.Helper()
+		if got, stop := c.Unstored(r, max, nil); !slices.Equal(got, want) || stop != end {
+			t.Errorf("in %v: %v up to %d, want %v up to %d", r, got, stop, want, end)
+		}
+	}
+	all := block.Range{End: 1 << 40}
+	expect(all, 10, all.End)
+	for _, b := range []block.Index{7, 1 << 30, 9, 8, 20} {
+		write(t, c, b, 1, 1)
+	}
+	_, cl, _ := c.Get(10) // clean
+	c.Fill(cl, pageOf(10, 1))
+	expect(all, 10, all.End, 7, 8, 9, 20, 1<<30)
+	expect(all, 2, 9, 7, 8)
+	expect(block.Range{Start: 8, End: 20}, 10, 20, 8, 9)
+	expect(block.Range{Start: 8, End: 30}, 2, 10, 8, 9)
+	writing := map[block.Index]Ref{}
+	for _, b := range []block.Index{8, 9, 20} {
+		r, ok := c.LockDirty(b, 1)
+		if !ok || !c.StillDirty(r, 1) {
+			t.Fatal("not dirty")
+		}
+		c.HandOff(r)
+		writing[b] = r
+	}
+	write(t, c, 7, 2, 2) // its older version is a shadow
+	c.InstallHole(block.Span(20, 1), 2)
+	expect(all, 10, all.End, 7, 8, 9, 1<<30)
+	c.EndWriteback(writing[8], nil)
+	c.EndWriteback(writing[9], errors.New("failed"))
+	c.EndWriteback(writing[20], nil)
+	expect(all, 10, all.End, 7, 9, 1<<30)
+	expect(block.Range{Start: 7, End: 12}, 10, 12, 7, 9)
+
+}
+
+// A block that is always dirty is always found, whatever frame it is in.
+func TestUnstoredMissesNothing(t *testing.T) {
+	c := newCache(t, small())
+	defer closeCache(t, c)
+	write(t, c, 7, 1, 1)
+	stop := make(chan struct{})
+	var wg sync.WaitGroup
+	wg.Go(func() {
+		for stamp := uint64(2); ; stamp++ {
+			select {
+			case <-stop:
+				return
+			default:
+				write(t, c, 7, stamp, 1)
+			}
+		}
+	})
+	for range 2000 {
+		if got, _ := c.Unstored(block.Range{End: 1 << 40}, 10, nil); !slices.Contains(got, 7) {
+			t.Errorf("block 7 was missed: %v", got)
+			break
+		}
+	}
+	close(stop)
+	wg.Wait()
 }
 
 // What is read again stays, what is read once goes.

@@ -1,0 +1,163 @@
+package device
+
+import (
+	"context"
+	"fmt"
+	"syscall"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+)
+
+const (
+	// walkBlocks is how much of the map is looked up at a time: at most as many
+	// extents, a megabyte, of which there are usually far fewer.
+	walkBlocks = 64 << 20 >> block.Shift
+	// walkUnstored is how many blocks and holes that the map does not have yet
+	// are taken from the cache at a time.
+	walkUnstored = 16 << 10
+
+	// prefetchBytes is how much of a Prefetch is read at a time.
+	prefetchBytes = 256 << 10
+)
+
+// A walk is an Allocation in progress, with memory that is kept for the next.
+type walk struct {
+	unstored []block.Index
+	holes    []block.Range
+	ext      []extents.Extent
+
+	off, end uint64 // what was asked for, in bytes
+	visit    func(n uint64, hole bool) bool
+	run      block.Range // not yet visited
+	hole     bool        // what it is
+	stopped  bool        // visit has returned false
+}
+
+// Allocation tells which of the n bytes at off are stored, or waiting to be, and
+// which are holes, which read as zeros: it calls visit for runs, in order from off
+// on and without a gap, until visit returns false or all is told. Holes are exact
+// to the block. A run of data may hold zeros, for what was written and has not
+// been written back yet counts as data, and so do lost blocks. What changes
+// meanwhile is told as it was at one moment or another, block by block.
+//
+// It reads nodes of the map, and no data. It may block for another Allocation.
+func (d *Device) Allocation(ctx context.Context, off, n uint64, visit func(n uint64, hole bool) bool) error {
+	if err := d.check(off, n); err != nil {
+		return err
+	}
+	var w *walk
+	select {
+	case w = <-d.walks:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() {
+		w.visit = nil
+		d.walks <- w
+	}()
+	r := block.Covering(off, n)
+	w.off, w.end, w.visit = off, off+n, visit
+	w.run, w.hole, w.stopped = block.Span(r.Start, 0), false, false
+	view := d.store.View()
+	defer d.store.Unview(view)
+	for !r.Empty() && !w.stopped {
+		// The cache first, then the map: see pagecache.Unstored.
+		part := r
+		w.unstored, part.End = d.cache.Unstored(part, walkUnstored, w.unstored[:0])
+		w.holes, part.End = d.cache.PendingHoles(part, walkUnstored, w.holes[:0])
+		if err := w.part(ctx, d, part); err != nil {
+			return err
+		}
+		r.Start = part.End
+	}
+	w.flush()
+	return nil
+}
+
+// part walks r, of which w knows what the map does not have.
+func (w *walk) part(ctx context.Context, d *Device, r block.Range) (err error) {
+	unstored, holes := w.unstored, w.holes
+	for !r.Empty() && !w.stopped {
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		win := block.Range{Start: r.Start, End: min(r.End, r.Start+walkBlocks)}
+		w.ext, err = d.store.Lookup(win, w.ext[:0])
+		if err != nil {
+			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		}
+		for _, e := range w.ext {
+			for at, end := e.Start, e.Range().End; at < end; {
+				for len(unstored) > 0 && unstored[0] < at {
+					unstored = unstored[1:]
+				}
+				for len(holes) > 0 && holes[0].End <= at {
+					holes = holes[1:]
+				}
+				stop, hole := end, e.Kind == extents.Hole
+				switch {
+				case len(unstored) > 0 && unstored[0] == at:
+					stop, hole = at+1, false
+				case len(holes) > 0 && holes[0].Start <= at:
+					stop, hole = min(stop, holes[0].End), true
+				case len(holes) > 0:
+					stop = min(stop, holes[0].Start)
+				}
+				if len(unstored) > 0 && unstored[0] > at {
+					stop = min(stop, unstored[0])
+				}
+				if w.add(block.Range{Start: at, End: stop}, hole); w.stopped {
+					return nil
+				}
+				at = stop
+			}
+		}
+		r.Start = win.End
+	}
+	return nil
+}
+
+// add makes r, which adjoins what came before, a part of the current run or begins
+// another.
+func (w *walk) add(r block.Range, hole bool) {
+	if hole != w.hole {
+		w.flush()
+		w.run.Start, w.hole = r.Start, hole
+	}
+	w.run.End = r.End
+}
+
+// flush visits the current run, as far as it was asked for.
+func (w *walk) flush() {
+	if from, to := max(w.run.Start.Bytes(), w.off), min(w.run.End.Bytes(), w.end); from < to && !w.stopped {
+		w.stopped = !w.visit(to-from, w.hole)
+	}
+}
+
+// Prefetch reads the n bytes at off into the cache, as far as they fit into half
+// of it. It blocks until they are there.
+func (d *Device) Prefetch(ctx context.Context, off, n uint64) error {
+	if err := d.check(off, n); err != nil {
+		return err
+	}
+	select {
+	case d.prefetches <- struct{}{}:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	defer func() { <-d.prefetches }()
+	for end := off + min(n, uint64(d.opts.CacheBytes)/2); off < end; {
+		step := min(end-off, prefetchBytes)
+		p, err := d.Read(ctx, off, uint32(step))
+		if err != nil {
+			return err
+		}
+		p.Release()
+		if err := ctx.Err(); err != nil {
+			return context.Cause(ctx)
+		}
+		off += step
+	}
+	return nil
+}
