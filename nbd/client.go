@@ -3,6 +3,7 @@ package nbd
 import (
 	"bufio"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
@@ -59,26 +60,47 @@ type call struct {
 	done chan struct{} // capacity 1
 }
 
-// Dial connects to the export that uri names.
+// Dial connects to the export that uri names, with TLS if it says so.
 func Dial(ctx context.Context, uri string) (*Client, error) {
-	u, err := ParseURI(uri)
+	nc, u, config, err := dial(ctx, uri)
 	if err != nil {
 		return nil, err
 	}
-	nc, err := new(net.Dialer).DialContext(ctx, u.Network, u.Address)
-	if err != nil {
-		return nil, fmt.Errorf("nbd: %w", err)
+	return newClient(ctx, nc, u.Export, config)
+}
+
+// dial connects to the server of uri. The configuration is nil without TLS.
+func dial(ctx context.Context, uri string) (nc net.Conn, u URI, config *tls.Config, err error) {
+	if u, err = ParseURI(uri); err != nil {
+		return nil, u, nil, err
 	}
-	return NewClient(ctx, nc, u.Export)
+	if u.TLS {
+		name := "localhost" // at the other end of a unix socket
+		if host, _, err := net.SplitHostPort(u.Address); err == nil && u.Network == "tcp" {
+			name = host
+		}
+		if config, err = clientTLS(u.Certificates, name); err != nil {
+			return nil, u, nil, err
+		}
+	}
+	if nc, err = new(net.Dialer).DialContext(ctx, u.Network, u.Address); err != nil {
+		err = fmt.Errorf("nbd: %w", err)
+	}
+	return nc, u, config, err
 }
 
 // NewClient negotiates the export on nc, which it owns from now on; on an error
 // it is closed.
 func NewClient(ctx context.Context, nc net.Conn, export string) (*Client, error) {
+	return newClient(ctx, nc, export, nil)
+}
+
+// newClient is NewClient, with TLS unless config is nil.
+func newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config) (*Client, error) {
 	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
 	c.mu.calls = make(map[uint64]*call)
 	c.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
-	if err := withContext(ctx, nc, func() error { return c.negotiate(export) }); err != nil {
+	if err := withContext(ctx, nc, func() error { return c.negotiate(export, config) }); err != nil {
 		nc.Close()
 		return nil, fmt.Errorf("nbd: export %q: %w", export, err)
 	}
@@ -93,18 +115,14 @@ type ExportInfo struct {
 
 // List asks the server of uri for its exports. The export in uri is ignored.
 func List(ctx context.Context, uri string) (list []ExportInfo, err error) {
-	u, err := ParseURI(uri)
+	nc, _, config, err := dial(ctx, uri)
 	if err != nil {
 		return nil, err
-	}
-	nc, err := new(net.Dialer).DialContext(ctx, u.Network, u.Address)
-	if err != nil {
-		return nil, fmt.Errorf("nbd: %w", err)
 	}
 	defer nc.Close()
 	c := &Client{nc: nc, br: bufio.NewReader(nc)}
 	err = withContext(ctx, nc, func() error {
-		if _, err := c.greet(); err != nil {
+		if _, err := c.greet(config); err != nil {
 			return err
 		}
 		err := c.ask(optList, nil, func(r optReply, data []byte) error {
@@ -139,8 +157,8 @@ func withContext(ctx context.Context, nc net.Conn, f func() error) error {
 
 // negotiate chooses the export: by GO, or by EXPORT_NAME if the server is too
 // old for that.
-func (c *Client) negotiate(export string) error {
-	flags, err := c.greet()
+func (c *Client) negotiate(export string, config *tls.Config) error {
+	flags, err := c.greet(config)
 	if err != nil {
 		return err
 	}
@@ -187,8 +205,9 @@ func (c *Client) negotiate(export string) error {
 	return nil
 }
 
-// greet exchanges the greetings and returns the flags that both sides have.
-func (c *Client) greet() (flags uint16, err error) {
+// greet exchanges the greetings, begins with TLS unless config is nil, and returns
+// the flags that both sides have.
+func (c *Client) greet(config *tls.Config) (flags uint16, err error) {
 	var b [18]byte
 	if _, err := io.ReadFull(c.br, b[:]); err != nil {
 		return 0, unexpected(err)
@@ -205,7 +224,25 @@ func (c *Client) greet() (flags uint16, err error) {
 	}
 	flags = binary.BigEndian.Uint16(b[16:]) & handshakeFlags
 	_, err = c.nc.Write(binary.BigEndian.AppendUint32(nil, uint32(flags)))
-	return flags, err
+	if err != nil || config == nil {
+		return flags, err
+	}
+	if flags&flagFixedNewstyle == 0 {
+		return flags, errors.New("server is too old for TLS")
+	}
+	if err := c.ask(optStartTLS, nil, func(optReply, []byte) error { return errBadMagic }); err != nil {
+		return flags, fmt.Errorf("STARTTLS: %w", err)
+	}
+	if c.br.Buffered() != 0 {
+		return flags, errors.New("server sent on before TLS") // or somebody between
+	}
+	tc := tls.Client(c.nc, config)
+	if err := tc.Handshake(); err != nil {
+		return flags, err
+	}
+	c.nc = tc
+	c.br.Reset(tc)
+	return flags, nil
 }
 
 // errOption is an option refused by the server.

@@ -32,7 +32,7 @@ var errWriteTooLong = errors.New("nbd: absurdly long write")
 // A conn is one connection of a [Server].
 type conn struct {
 	s      *Server
-	nc     net.Conn
+	nc     link
 	id     uint64
 	ctx    context.Context // ends with the connection; its cause tells why
 	cancel context.CancelCauseFunc
@@ -43,6 +43,7 @@ type conn struct {
 	inFlight int // requests, when the last one was admitted
 
 	// Set by the handshake, immutable from then on.
+	names    []string // of the client, by its verified certificate
 	export   *Export
 	size     uint64
 	flags    TransmissionFlags
@@ -95,7 +96,7 @@ func (c *conn) fail(err error) {
 // newConn returns the connection of nc, ready to serve. Its handshake's time
 // runs from now on.
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{s: s, nc: nc, work: make(chan *request), room: make(chan struct{}, 1)}
+	c := &conn{s: s, nc: link{Conn: nc}, work: make(chan *request), room: make(chan struct{}, 1)}
 	c.share.granted = make(chan struct{}, 1)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
@@ -108,7 +109,9 @@ func (c *conn) serve() error {
 	err := c.handshake()
 	chosen := err == nil
 	if chosen {
-		c.s.log(Event{Kind: EventOpen, Conn: c.id, Remote: remoteOf(c.nc), Export: c.export.Name})
+		e := Event{Kind: EventOpen, Conn: c.id, Remote: remoteOf(c.nc.Conn), Export: c.export.Name}
+		e.TLS, e.Client = c.tlsName()
+		c.s.log(e)
 		err = c.transmit()
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
@@ -122,6 +125,8 @@ func (c *conn) serve() error {
 		err = cause // the first reason, rather than what came of it
 	} else if chosen && errors.Is(err, errStopped) {
 		c.linger()
+	} else if chosen && c.nc.tls != nil {
+		c.nc.tls.CloseWrite() // or the client could not tell it from an attacker's end
 	}
 	c.fail(err) // by now it only frees what is left
 	if errors.Is(err, errStopped) || errors.Is(err, errAborted) {
@@ -145,13 +150,11 @@ func (c *conn) handshake() error {
 // linger tells the client that nothing more comes, and gives it a while to take
 // what has been sent and close.
 func (c *conn) linger() {
-	half, ok := c.nc.(interface{ CloseWrite() error })
-	if !ok || half.CloseWrite() != nil {
+	until := time.Now().Add(lingerMax)
+	if c.nc.SetDeadline(until) != nil || c.nc.CloseWrite() != nil {
 		return
 	}
-	if c.nc.SetReadDeadline(time.Now().Add(lingerMax)) == nil {
-		io.Copy(io.Discard, c.nc)
-	}
+	io.Copy(io.Discard, c.nc.Conn)
 }
 
 // transmit reads requests until the connection ends: with nil after DISC, with
@@ -373,7 +376,7 @@ func (c *conn) backendError(r *request, err error) {
 	}
 	if c.ctx.Err() == nil && r.errno != ENOTSUP {
 		c.s.log(Event{
-			Kind: EventRequestFailed, Conn: c.id, Remote: remoteOf(c.nc), Export: c.export.Name, Err: err,
+			Kind: EventRequestFailed, Conn: c.id, Remote: remoteOf(c.nc.Conn), Export: c.export.Name, Err: err,
 			Command: r.cmd, Offset: r.off, Length: r.n,
 		})
 	}
@@ -450,9 +453,8 @@ func (c *conn) write(iov net.Buffers) error {
 			return err
 		}
 	}
-	c.iov = iov // WriteTo consumes a variable, which must not be allocated each time
-	_, err := c.iov.WriteTo(c.nc)
-	return err
+	c.iov = iov // writev consumes a variable, which must not be allocated each time
+	return c.nc.writev(&c.iov)
 }
 
 func segmentsLen(segs [][]byte) (n uint64) {

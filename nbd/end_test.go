@@ -24,10 +24,10 @@ var stages = []stage{
 		rc.get(18)
 		return rc
 	}, true},
+	{"first option", func(s *testServer, _ *memDisk, _ gate) rawConn { return s.rawTLS() }, true},
 	{"half an option", func(s *testServer, _ *memDisk, _ gate) rawConn {
-		rc := s.raw()
-		rc.get(18)
-		rc.put(appendOption([]byte{0, 0, 0, 3}, optGo, make([]byte, 100))[:50])
+		rc := s.rawTLS()
+		rc.put(appendOption(nil, optGo, make([]byte, 100))[:50])
 		return rc
 	}, true},
 	{"idle", func(s *testServer, _ *memDisk, _ gate) rawConn { return s.rawGo() }, true},
@@ -106,12 +106,21 @@ var stages = []stage{
 	}, true},
 }
 
-// serveStage starts a server and brings a connection to st. The channel gets the
-// reason for its end.
-func serveStage(t *testing.T, st stage) (*testServer, *memDisk, rawConn, <-chan error) {
+// eachStage runs test for every stage, without TLS and with it.
+func eachStage(t *testing.T, test func(t *testing.T, st stage, dirs *certDirs)) {
+	dirs := newCertDirs(t)
+	for _, st := range stages {
+		t.Run(st.name, func(t *testing.T) { test(t, st, nil) })
+		t.Run(st.name+"/TLS", func(t *testing.T) { test(t, st, dirs) })
+	}
+}
+
+// serveStage starts a server, with TLS if there are dirs, and brings a connection
+// to st. The channel gets the reason for its end.
+func serveStage(t *testing.T, st stage, dirs *certDirs) (*testServer, *memDisk, rawConn, <-chan error) {
 	d := newMemDisk(1 << 20)
 	ended := make(chan error, 1)
-	s := serve(t, Options{
+	opts := Options{
 		Exports: []Export{{Backend: d}}, RequestsMax: 8,
 		PayloadBytesMax: 64 << 10, BytesMax: 512 << 10, ConnectionsMax: 2, // 64 KiB of reserve, 320 KiB of pool
 		Log: func(e Event) {
@@ -119,7 +128,13 @@ func serveStage(t *testing.T, st stage) (*testServer, *memDisk, rawConn, <-chan 
 				ended <- e.Err
 			}
 		},
-	})
+	}
+	var s *testServer
+	if dirs == nil {
+		s = serve(t, opts)
+	} else {
+		s = dirs.serve(t, opts)
+	}
 	g := newGate() // never opened
 	rc := st.enter(s, d, g)
 	return s, d, rc, ended
@@ -127,54 +142,50 @@ func serveStage(t *testing.T, st stage) (*testServer, *memDisk, rawConn, <-chan 
 
 // Close ends a connection at every stage, at once, and all memory comes back.
 func TestCloseAtEveryStage(t *testing.T) {
-	for _, st := range stages {
-		t.Run(st.name, func(t *testing.T) {
-			s, d, rc, ended := serveStage(t, st)
-			closed := make(chan struct{})
-			go func() { defer close(closed); s.Close() }()
-			select {
-			case <-closed:
-			case <-time.After(10 * time.Second):
-				t.Fatal("Close hangs")
-			}
-			d.idle(t)
-			if u := s.budget.used(); u != 0 {
-				t.Errorf("%d bytes of the budget are in use", u)
-			}
-			if err := <-ended; err != nil && err != ErrServerClosed {
-				t.Errorf("ended with %v", err)
-			}
-			for { // what was sent before, and then the end
-				if _, err := rc.Read(make([]byte, 1<<16)); err != nil {
-					var timeout net.Error
-					if errors.As(err, &timeout) && timeout.Timeout() {
-						t.Error("not closed")
-					}
-					return
+	eachStage(t, func(t *testing.T, st stage, dirs *certDirs) {
+		s, d, rc, ended := serveStage(t, st, dirs)
+		closed := make(chan struct{})
+		go func() { defer close(closed); s.Close() }()
+		select {
+		case <-closed:
+		case <-time.After(10 * time.Second):
+			t.Fatal("Close hangs")
+		}
+		d.idle(t)
+		if u := s.budget.used(); u != 0 {
+			t.Errorf("%d bytes of the budget are in use", u)
+		}
+		if err := <-ended; err != nil && err != ErrServerClosed {
+			t.Errorf("ended with %v", err)
+		}
+		for { // what was sent before, and then the end
+			if _, err := rc.Read(make([]byte, 1<<16)); err != nil {
+				var timeout net.Error
+				if errors.As(err, &timeout) && timeout.Timeout() {
+					t.Error("not closed")
 				}
+				return
 			}
-		})
-	}
+		}
+	})
 }
 
 // So does the death of the client, wherever the server reads or sends.
 func TestDeathAtEveryStage(t *testing.T) {
-	for _, st := range stages {
-		t.Run(st.name, func(t *testing.T) {
-			s, d, rc, ended := serveStage(t, st)
-			rc.Close()
-			if !st.noticed {
-				return // at the latest by the Close of serve
-			}
-			if err := <-ended; err == nil || errors.Is(err, net.ErrClosed) {
-				t.Errorf("ended with %v", err) // not why, but what came of it
-			}
-			d.idle(t)
-			if u := s.budget.used(); u != 0 {
-				t.Errorf("%d bytes of the budget are in use", u)
-			}
-		})
-	}
+	eachStage(t, func(t *testing.T, st stage, dirs *certDirs) {
+		s, d, rc, ended := serveStage(t, st, dirs)
+		rc.Close()
+		if !st.noticed {
+			return // at the latest by the Close of serve
+		}
+		if err := <-ended; err == nil || errors.Is(err, net.ErrClosed) {
+			t.Errorf("ended with %v", err) // not why, but what came of it
+		}
+		d.idle(t)
+		if u := s.budget.used(); u != 0 {
+			t.Errorf("%d bytes of the budget are in use", u)
+		}
+	})
 }
 
 // A client that shuts down its side for sending has gone: it is not answered.

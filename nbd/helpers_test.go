@@ -3,6 +3,7 @@ package nbd
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -221,6 +222,7 @@ type testServer struct {
 	*Server
 	t    testing.TB
 	path string
+	tls  *tls.Config // of its clients, nil: they use none
 }
 
 // serve starts a server of opts.
@@ -289,7 +291,7 @@ func noLeaks(t testing.TB, before int) {
 
 // uri is the URI of export.
 func (s *testServer) uri(export string) string {
-	return URI{"unix", s.path, export}.String()
+	return URI{Network: "unix", Address: s.path, Export: export}.String()
 }
 
 // dial returns a client of export, which is closed at the end of the test.
@@ -331,12 +333,28 @@ func rawDial(t testing.TB, network, address string) rawConn {
 // closeWrite closes the client's side.
 func (rc rawConn) closeWrite() { rc.Conn.(interface{ CloseWrite() error }).CloseWrite() }
 
-// rawGo connects and negotiates the export with the empty name.
-func (s *testServer) rawGo() rawConn {
+// rawTLS connects, and begins with TLS if the server's clients use it.
+func (s *testServer) rawTLS() rawConn {
 	s.t.Helper()
 	rc := s.raw()
 	rc.get(18)
 	rc.put([]byte{0, 0, 0, 3})
+	if s.tls != nil {
+		rc.put(appendOption(nil, optStartTLS, nil))
+		mustEqual(s.t, "STARTTLS", rc.get(optReplySize), appendOptReply(nil, optStartTLS, repAck, nil))
+		tc := tls.Client(rc.Conn, s.tls)
+		if err := tc.Handshake(); err != nil {
+			s.t.Fatal(err)
+		}
+		rc.Conn = tc
+	}
+	return rc
+}
+
+// rawGo connects and negotiates the export with the empty name.
+func (s *testServer) rawGo() rawConn {
+	s.t.Helper()
+	rc := s.rawTLS()
 	rc.put(appendOption(nil, optExportName, nil))
 	rc.get(10)
 	return rc

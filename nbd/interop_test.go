@@ -371,7 +371,7 @@ func TestClientOfStrangers(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			socket := filepath.Join(socketDir(t), "s")
 			background(t, name, args(socket)...)
-			uri := URI{"unix", socket, ""}.String()
+			uri := URI{Network: "unix", Address: socket}.String()
 			var c *Client
 			eventually(t, "it listens", func() bool {
 				var err error

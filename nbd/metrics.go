@@ -10,6 +10,9 @@ type Metrics struct {
 	ConnectionsTotal   uint64 // let in
 	ConnectionsRefused uint64 // not let in
 	HandshakesFailed   uint64
+	TLSFailed          uint64 // of those, in TLS: no certificate, a wrong one, another protocol
+	TLSMissing         uint64 // options refused since they came without TLS
+	ExportsForbidden   uint64 // exports refused to clients that they are not for
 
 	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
 	RequestsMax      int   // the bound for each connection
@@ -33,6 +36,7 @@ type CommandMetrics struct {
 // counters are the server's live numbers, written without a lock.
 type counters struct {
 	connectionsTotal, connectionsRefused, handshakesFailed atomic.Uint64
+	tlsFailed, tlsMissing, exportsForbidden                atomic.Uint64
 
 	inFlight atomic.Int64
 	commands [len(commandSlots)]struct{ requests, errors, bytes atomic.Uint64 }
@@ -78,6 +82,9 @@ func (s *Server) Metrics() Metrics {
 		ConnectionsTotal:   cs.connectionsTotal.Load(),
 		ConnectionsRefused: cs.connectionsRefused.Load(),
 		HandshakesFailed:   cs.handshakesFailed.Load(),
+		TLSFailed:          cs.tlsFailed.Load(),
+		TLSMissing:         cs.tlsMissing.Load(),
+		ExportsForbidden:   cs.exportsForbidden.Load(),
 		RequestsInFlight:   cs.inFlight.Load(),
 		RequestsMax:        s.opts.RequestsMax,
 		BytesInFlight:      s.budget.used(),

@@ -85,7 +85,17 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 		return false, err
 	}
 
+	if c.s.opts.TLSRequired && c.nc.tls == nil && opt != optStartTLS && opt != optAbort {
+		c.s.counters.tlsMissing.Add(1)
+		if opt == optExportName {
+			return false, errTLSRequired
+		}
+		return false, c.refuse(opt, repErrTLSReqd, "TLS is required")
+	}
+
 	switch opt {
+	case optStartTLS:
+		return false, c.startTLS(data)
 	case optAbort:
 		c.nc.Write(appendOptReply(nil, opt, repAck, nil)) // to a client that may be gone already
 		return false, errAborted
@@ -108,9 +118,13 @@ func (c *conn) refuse(opt option, r optReply, text string) error {
 
 // exportName answers EXPORT_NAME, which can only be refused by hanging up.
 func (c *conn) exportName(name string, noZeroes bool) error {
-	e, ok := c.s.exports[name]
-	if !ok {
-		return fmt.Errorf("%w: %.256q", errNoExport, name)
+	e, r, _ := c.find(name)
+	if e == nil {
+		err := errNoExport
+		if r != repErrUnknown {
+			err = errNotAllowed
+		}
+		return fmt.Errorf("%w: %.256q", err, name)
 	}
 	c.choose(e)
 	out := binary.BigEndian.AppendUint64(nil, c.size)
@@ -122,7 +136,8 @@ func (c *conn) exportName(name string, noZeroes bool) error {
 	return err
 }
 
-// list answers LIST with the exports in the order of the options.
+// list answers LIST with the exports that the client may use, in the order of
+// the options.
 func (c *conn) list(data []byte) error {
 	if len(data) != 0 {
 		return c.refuse(optList, repErrInvalid, "LIST takes no data")
@@ -130,6 +145,9 @@ func (c *conn) list(data []byte) error {
 	var out, b []byte
 	for i := range c.s.opts.Exports {
 		e := &c.s.opts.Exports[i]
+		if !c.admits(e) {
+			continue
+		}
 		b = binary.BigEndian.AppendUint32(b[:0], uint32(len(e.Name)))
 		b = append(b, e.Name...)
 		b = append(b, e.Description...)
@@ -145,9 +163,9 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 	if !ok {
 		return false, c.refuse(opt, repErrInvalid, "malformed query")
 	}
-	e, ok := c.s.exports[q.export]
-	if !ok {
-		return false, c.refuse(opt, repErrUnknown, "no such export")
+	e, r, text := c.find(q.export)
+	if e == nil {
+		return false, c.refuse(opt, r, text)
 	}
 	c.choose(e)
 
@@ -172,6 +190,23 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 	}
 	_, err = c.nc.Write(appendOptReply(out, opt, repAck, nil))
 	return opt == optGo, err
+}
+
+// find returns the export that the client asks for by name, nil if it does not
+// get it, with the error and a text for it.
+func (c *conn) find(name string) (e *Export, r optReply, text string) {
+	e, ok := c.s.exports[name]
+	switch {
+	case !ok:
+		return nil, repErrUnknown, "no such export"
+	case c.admits(e):
+		return e, 0, ""
+	}
+	c.s.counters.exportsForbidden.Add(1)
+	if c.nc.tls == nil {
+		return nil, repErrTLSReqd, "the export needs TLS"
+	}
+	return nil, repErrPolicy, "the export is not for this client"
 }
 
 // choose makes e the export of the connection. After INFO a later option may

@@ -57,6 +57,7 @@ const (
 	optExportName option = 1
 	optAbort      option = 2
 	optList       option = 3
+	optStartTLS   option = 5
 	optInfo       option = 6
 	optGo         option = 7
 )

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -39,8 +40,9 @@ var aLongTimeAgo = time.Unix(1, 0)
 //
 // It belongs to the goroutine that reads the connection, except for stop.
 type receiver struct {
-	nc    net.Conn
-	raw   syscall.RawConn // nil if nc has no descriptor
+	nc    net.Conn        // the socket, for its deadlines
+	src   io.Reader       // what is read: nc, or TLS on it
+	raw   syscall.RawConn // nil if src has no descriptor
 	stall time.Duration   // limit of what a client has begun; not positive: none
 
 	buf  []byte
@@ -66,7 +68,7 @@ type receiver struct {
 
 // init prepares rc to read nc, whose handshake ends at deadline (zero: never).
 func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
-	rc.nc, rc.stall, rc.handshake = nc, stall, deadline
+	rc.nc, rc.src, rc.stall, rc.handshake = nc, nc, stall, deadline
 	rc.buf = make([]byte, receiveBufferBytes)
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
@@ -106,6 +108,26 @@ func (rc *receiver) stopped() bool {
 // endHandshake takes the handshake's deadline away.
 func (rc *receiver) endHandshake() { rc.handshake = time.Time{} }
 
+// buffered is how many bytes are received and not yet consumed.
+func (rc *receiver) buffered() int { return rc.w - rc.r }
+
+// startTLS runs the handshake of tc, which is on nc, and reads from it from then
+// on. REQUIRES: nothing is buffered, and the handshake is not over.
+func (rc *receiver) startTLS(tc *tls.Conn) error {
+	rc.begun = false
+	if err := rc.armBusy(); err != nil {
+		return err
+	}
+	if err := tc.Handshake(); err != nil {
+		if errors.Is(err, os.ErrDeadlineExceeded) && rc.stopped() {
+			return errStopped
+		}
+		return err
+	}
+	rc.src, rc.raw = tc, nil
+	return nil
+}
+
 // request waits for the header of a request and returns its bytes, which are
 // valid until the next call. It returns errStopped after stop, and io.EOF if the
 // connection ended between two requests.
@@ -115,7 +137,7 @@ func (rc *receiver) request() ([]byte, error) {
 			return nil, err
 		}
 		rc.r, rc.w = 0, 0
-		n, err := rc.nc.Read(rc.buf)
+		n, err := rc.src.Read(rc.buf)
 		rc.w = n
 		if n == 0 && err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) && rc.stopped() {
@@ -182,7 +204,7 @@ func (rc *receiver) read(p []byte) (int, error) {
 		if err := rc.armBusy(); err != nil {
 			return 0, err
 		}
-		n, err := rc.nc.Read(p)
+		n, err := rc.src.Read(p)
 		if n > 0 {
 			return n, nil
 		}

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"net"
@@ -26,6 +27,11 @@ type Export struct {
 	// Description is shown to people who list the exports. May be empty.
 	Description string
 	Backend     Backend
+
+	// Allow are the names of the clients that may use it: the common name or
+	// an alternative name in a certificate that was verified under TLS, exactly.
+	// Empty: every client may.
+	Allow []string
 }
 
 // Options configure a [Server].
@@ -63,6 +69,13 @@ type Options struct {
 	// ever. It is what ends the claim of a stopped client on memory. Default
 	// 5 min, in which 1 Mbit/s moves the longest payload; negative means no limit.
 	StallTimeout time.Duration
+
+	// TLS is offered to clients; nil means that there is none. See
+	// [Certificates] for one that follows the files it was read from.
+	TLS *tls.Config
+
+	// TLSRequired refuses everything to clients that do not use TLS.
+	TLSRequired bool
 
 	// Log is called for what operators may want to know; nil means nobody
 	// does. It is called concurrently, from the goroutine that has the event,
@@ -106,6 +119,9 @@ func (o Options) Validate() error {
 		if e.Backend == nil {
 			fault("export %q: no backend", e.Name)
 		}
+		if len(e.Allow) > 0 && o.TLS == nil {
+			fault("export %q: Allow without TLS", e.Name)
+		}
 		if seen[e.Name] {
 			fault("export %q: exists twice", e.Name)
 		}
@@ -125,6 +141,9 @@ func (o Options) Validate() error {
 	}
 	if o.HandshakeTimeout < 0 {
 		fault("HandshakeTimeout %v is negative", o.HandshakeTimeout)
+	}
+	if o.TLSRequired && o.TLS == nil {
+		fault("TLS is required, and there is none")
 	}
 	return errors.Join(faults...)
 }
@@ -158,6 +177,10 @@ type Event struct {
 	Remote string // address of the client; often empty for a unix socket
 	Export string
 	Err    error
+
+	// Of EventOpen.
+	TLS    string // version, such as "TLS 1.3"; empty without TLS
+	Client string // first name in the client's verified certificate
 
 	// Of EventRequestFailed.
 	Command Command
@@ -295,7 +318,7 @@ func (s *Server) start(nc net.Conn) {
 
 // ended forgets c.
 func (s *Server) ended(c *conn, err error) {
-	e := Event{Kind: EventClose, Conn: c.id, Remote: remoteOf(c.nc), Err: err}
+	e := Event{Kind: EventClose, Conn: c.id, Remote: remoteOf(c.nc.Conn), Err: err}
 	if c.export != nil {
 		e.Export = c.export.Name
 	}

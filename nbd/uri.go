@@ -13,13 +13,18 @@ import (
 //
 //	nbd://host[:port]/export
 //	nbd+unix:///export?socket=PATH
+//
+// and with nbds for nbd, and tls-certificates=DIR as a parameter, for TLS.
 type URI struct {
 	Network string // "tcp" or "unix", as for net.Dial
 	Address string // "host:port", or the path of the socket
 	Export  string // name of the export
+
+	TLS          bool
+	Certificates string // directory with ca-cert.pem, client-cert.pem, client-key.pem; may be empty
 }
 
-// ParseURI parses s. Parameters other than socket are ignored, as the URI
+// ParseURI parses s. Parameters other than those are ignored, as the URI
 // specification asks.
 func ParseURI(s string) (URI, error) {
 	fault := func(err error) (URI, error) { return URI{}, fmt.Errorf("nbd: URI %q: %w", s, err) }
@@ -34,8 +39,19 @@ func ParseURI(s string) (URI, error) {
 	if err := checkString(export); err != nil {
 		return fault(fmt.Errorf("export: %w", err))
 	}
-	switch u.Scheme {
-	case "nbd":
+	q, err := url.ParseQuery(u.RawQuery)
+	if err != nil {
+		return fault(err)
+	}
+	of := URI{Export: export}
+	scheme, transport, _ := strings.Cut(u.Scheme, "+")
+	if of.TLS = scheme == "nbds"; of.TLS {
+		of.Certificates = q.Get("tls-certificates")
+	} else if scheme != "nbd" {
+		transport = "?"
+	}
+	switch transport {
+	case "":
 		if u.Hostname() == "" {
 			return fault(errors.New("no host"))
 		}
@@ -46,22 +62,20 @@ func ParseURI(s string) (URI, error) {
 		if n, err := strconv.ParseUint(port, 10, 16); err != nil || n == 0 {
 			return fault(fmt.Errorf("port %q is not from 1 to 65535", port))
 		}
-		return URI{Network: "tcp", Address: net.JoinHostPort(u.Hostname(), port), Export: export}, nil
-	case "nbd+unix":
-		q, err := url.ParseQuery(u.RawQuery)
-		if err != nil {
-			return fault(err)
-		}
+		of.Network, of.Address = "tcp", net.JoinHostPort(u.Hostname(), port)
+		return of, nil
+	case "unix":
 		path := q.Get("socket")
 		if path == "" || u.Host != "" {
-			return fault(errors.New("want nbd+unix:///export?socket=PATH"))
+			return fault(fmt.Errorf("want %s:///export?socket=PATH", u.Scheme))
 		}
 		if strings.ContainsRune(path, 0) {
 			return fault(errors.New("socket path with NUL"))
 		}
-		return URI{Network: "unix", Address: path, Export: export}, nil
+		of.Network, of.Address = "unix", path
+		return of, nil
 	}
-	return fault(fmt.Errorf("scheme %q is neither nbd nor nbd+unix", u.Scheme))
+	return fault(fmt.Errorf("scheme %q is none of nbd, nbds, nbd+unix, nbds+unix", u.Scheme))
 }
 
 // URIOf is the URI of export on a server that listens on a. A wildcard address
@@ -76,10 +90,20 @@ func URIOf(a net.Addr, export string) URI {
 
 // String is the URI as text; [ParseURI] gives u back.
 func (u URI) String() string {
+	scheme, certificates := "nbd", ""
+	if u.TLS {
+		if scheme = "nbds"; u.Certificates != "" {
+			certificates = "tls-certificates=" + escapePath(u.Certificates)
+		}
+	}
 	if u.Network == "unix" {
-		path := strings.ReplaceAll(url.QueryEscape(u.Address), "%2F", "/") // need no escape, and are read by people
-		path = strings.ReplaceAll(path, "+", "%20")                        // some parsers take + literally
-		return "nbd+unix:///" + url.PathEscape(u.Export) + "?socket=" + path
+		if certificates != "" {
+			certificates = "&" + certificates
+		}
+		return scheme + "+unix:///" + url.PathEscape(u.Export) + "?socket=" + escapePath(u.Address) + certificates
+	}
+	if certificates != "" {
+		certificates = "?" + certificates
 	}
 	host, port, err := net.SplitHostPort(u.Address)
 	if err != nil {
@@ -91,5 +115,11 @@ func (u URI) String() string {
 	if port != "" && port != strconv.Itoa(DefaultPort) {
 		host += ":" + port
 	}
-	return "nbd://" + host + "/" + url.PathEscape(u.Export)
+	return scheme + "://" + host + "/" + url.PathEscape(u.Export) + certificates
+}
+
+// escapePath is a path as the value of a parameter.
+func escapePath(path string) string {
+	path = strings.ReplaceAll(url.QueryEscape(path), "%2F", "/") // need no escape, and are read by people
+	return strings.ReplaceAll(path, "+", "%20")                  // some parsers take + literally
 }
