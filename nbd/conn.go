@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -39,12 +40,14 @@ type conn struct {
 
 	// Of the reader.
 	in       receiver
-	started  int // workers
-	inFlight int // requests, when the last one was admitted
+	started  int    // workers
+	inFlight int    // requests, when the last one was admitted
+	answered uint64 // mu.answered when active was last called
 
 	// Set by the handshake, immutable from then on.
-	names    []string // of the client, by its verified certificate
-	export   *Export
+	names    []string     // of the client, by its verified certificate
+	export   *Export      // a copy, whose Backend is opened
+	using    *namedExport // nil until the handshake has ended well
 	size     uint64
 	flags    TransmissionFlags
 	readOnly bool
@@ -57,6 +60,7 @@ type conn struct {
 	mu struct {
 		sync.Mutex
 		requests int        // in flight
+		answered uint64     // requests that are no longer in flight
 		ready    []*request // finished, to be sent
 		sending  bool       // a goroutine is in the loop of finish
 		free     []*request // for reuse, at most as many as there were in flight
@@ -100,6 +104,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 	c.share.granted = make(chan struct{}, 1)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
+	c.in.idle, c.in.active = s.opts.IdleTimeout, c.active
 	return c
 }
 
@@ -128,9 +133,17 @@ func (c *conn) serve() error {
 	} else if chosen && c.nc.tls != nil {
 		c.nc.tls.CloseWrite() // or the client could not tell it from an attacker's end
 	}
+	if c.using != nil {
+		c.using.clients.Add(-1)
+	}
 	c.fail(err) // by now it only frees what is left
-	if errors.Is(err, errStopped) || errors.Is(err, errAborted) {
+	switch {
+	case errors.Is(err, errStopped) || errors.Is(err, errAborted):
 		return nil
+	case errors.Is(err, errIdle):
+		c.s.counters.idle.Add(1)
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		c.s.counters.stalled.Add(1)
 	}
 	return err
 }
@@ -208,6 +221,16 @@ func (c *conn) dispatch(r *request) {
 	c.workers.Go(func() { c.worker(r) })
 }
 
+// active implements receiver.active: a client that waits for an answer, or has
+// just had one, is not idle.
+func (c *conn) active() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	was := c.answered
+	c.answered = c.mu.answered
+	return c.mu.requests > 0 || c.answered != was
+}
+
 // check is the error of a request that can be told from its header: the client's
 // fault, which costs it this request and nothing else.
 func (c *conn) check(h header) Errno {
@@ -266,8 +289,12 @@ func (c *conn) admit(h header) (*request, error) {
 	c.s.counters.inFlight.Add(1)
 
 	*r = request{header: h, errno: c.check(h)}
-	if r.errno == 0 && h.n > 0 && (h.cmd == CmdRead || h.cmd == CmdWrite) {
-		r.bytes = c.s.budget.charge(h.off, h.n)
+	if r.errno == 0 && (h.n > 0 || h.cmd == CmdFlush) {
+		// The rest takes the memory of a worker, which is bounded in the same way.
+		r.bytes = blockPreferred
+		if h.cmd == CmdRead || h.cmd == CmdWrite {
+			r.bytes = c.s.budget.charge(h.off, h.n)
+		}
 		if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
 			r.errno = ESHUTDOWN
 			c.finish(r)
@@ -411,6 +438,7 @@ func (c *conn) finish(r *request) {
 
 		m.Lock()
 		m.requests -= n
+		m.answered += uint64(n)
 		m.free = append(m.free, c.batch...)
 		select {
 		case c.room <- struct{}{}:

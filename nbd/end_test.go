@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"net"
+	"runtime"
 	"testing"
 	"time"
 
@@ -186,6 +187,80 @@ func TestDeathAtEveryStage(t *testing.T) {
 			t.Errorf("%d bytes of the budget are in use", u)
 		}
 	})
+}
+
+// A thousand clients that only sit there, half of them under TLS, and some in the
+// middle of the handshake, cost little memory and nobody's time, and end when the
+// server does.
+func TestIdleConnections(t *testing.T) {
+	const clients = 1000
+	dirs := newCertDirs(t)
+	d := newMemDisk(1 << 20)
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, TLS: dirs.load(t), ConnectionsMax: clients + 1, HandshakeTimeout: time.Hour})
+	busy := s.dial("")
+	r, model := testRand(t), make([]byte, 1<<20)
+	work := func() (best time.Duration) {
+		for range 5 {
+			begin := time.Now()
+			for range 200 {
+				n := 1 + r.IntN(16<<10)
+				off := r.IntN(len(model) - n)
+				p := pattern(n, byte(r.Uint32()))
+				copy(model[off:], p)
+				if err := busy.WriteAt(t.Context(), p, uint64(off), false); err != nil {
+					t.Fatal(err)
+				}
+				got := make([]byte, n)
+				off = r.IntN(len(model) - n)
+				if err := busy.ReadAt(t.Context(), got, uint64(off)); err != nil {
+					t.Fatal(err)
+				}
+				mustEqual(t, "read", got, model[off:][:n])
+			}
+			if took := time.Since(begin); best == 0 || took < best {
+				best = took
+			}
+		}
+		return best
+	}
+	memory := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc + m.StackInuse
+	}
+	alone, before := work(), memory()
+	for i := range clients {
+		s.tls = nil
+		if i%2 == 0 {
+			s.tls = clientConfig(t, dirs.client)
+		}
+		switch {
+		case i%10 < 8:
+			s.rawGo()
+		default:
+			s.rawTLS()
+		}
+	}
+	if n := s.Metrics().Connections; n != clients+1 {
+		t.Errorf("%d connections", n)
+	}
+	// The clients are in this process, and counted too.
+	each := (memory() - before) / clients
+	beside := work()
+	t.Logf("%d bytes for each idle connection; 400 requests in %v without them, %v with them", each, alone, beside)
+	if each > 96<<10 {
+		t.Errorf("an idle connection takes %d bytes", each)
+	}
+	if beside > 4*alone {
+		t.Errorf("400 requests take %v, %v without idle clients", beside, alone)
+	}
+	s.raw().eof() // that is all of them
+	begin := time.Now()
+	s.Close()
+	if took := time.Since(begin); took > 5*time.Second {
+		t.Errorf("closed after %v", took)
+	}
 }
 
 // A client that shuts down its side for sending has gone: it is not answered.

@@ -10,14 +10,20 @@ type Metrics struct {
 	ConnectionsTotal   uint64 // let in
 	ConnectionsRefused uint64 // not let in
 	HandshakesFailed   uint64
-	TLSFailed          uint64 // of those, in TLS: no certificate, a wrong one, another protocol
+	ConnectionsStalled uint64 // cut off for taking too long, handshakes included
+	ConnectionsIdle    uint64 // cut off for wanting nothing
+	TLSFailed          uint64 // of HandshakesFailed, in TLS: no certificate, a wrong one, another protocol
 	TLSMissing         uint64 // options refused since they came without TLS
-	ExportsForbidden   uint64 // exports refused to clients that they are not for
+	ListsRefused       uint64 // since listing is off
+	ExportsUnknown     uint64 // asked for and not there
+	ExportsForbidden   uint64 // refused to clients that they are not for
+	ExportsUnavailable uint64 // could not be opened
+	ExportsFull        uint64 // refused since they had enough clients
 
 	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
 	RequestsMax      int   // the bound for each connection
 
-	BytesInFlight uint64 // payload of requests in flight, in memory; over all connections
+	BytesInFlight uint64 // what requests in flight count for, payload above all; over all connections
 	BytesMax      uint64 // the bound of BytesInFlight
 
 	Read, Write, Flush, Trim, WriteZeroes, Unknown CommandMetrics
@@ -36,7 +42,9 @@ type CommandMetrics struct {
 // counters are the server's live numbers, written without a lock.
 type counters struct {
 	connectionsTotal, connectionsRefused, handshakesFailed atomic.Uint64
-	tlsFailed, tlsMissing, exportsForbidden                atomic.Uint64
+	tlsFailed, tlsMissing, listsRefused                    atomic.Uint64
+	exportsUnknown, exportsForbidden                       atomic.Uint64
+	exportsUnavailable, exportsFull, stalled, idle         atomic.Uint64
 
 	inFlight atomic.Int64
 	commands [len(commandSlots)]struct{ requests, errors, bytes atomic.Uint64 }
@@ -82,9 +90,15 @@ func (s *Server) Metrics() Metrics {
 		ConnectionsTotal:   cs.connectionsTotal.Load(),
 		ConnectionsRefused: cs.connectionsRefused.Load(),
 		HandshakesFailed:   cs.handshakesFailed.Load(),
+		ConnectionsStalled: cs.stalled.Load(),
+		ConnectionsIdle:    cs.idle.Load(),
 		TLSFailed:          cs.tlsFailed.Load(),
 		TLSMissing:         cs.tlsMissing.Load(),
+		ListsRefused:       cs.listsRefused.Load(),
+		ExportsUnknown:     cs.exportsUnknown.Load(),
 		ExportsForbidden:   cs.exportsForbidden.Load(),
+		ExportsUnavailable: cs.exportsUnavailable.Load(),
+		ExportsFull:        cs.exportsFull.Load(),
 		RequestsInFlight:   cs.inFlight.Load(),
 		RequestsMax:        s.opts.RequestsMax,
 		BytesInFlight:      s.budget.used(),

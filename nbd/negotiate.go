@@ -4,12 +4,15 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"strings"
+	"time"
 )
 
 const (
-	// optionBytesMax bounds the data of an option that is looked at. The
-	// largest that means something here is a name and a list of numbers.
-	optionBytesMax = 64 << 10
+	// optionBytesMax bounds the data of an option that is looked at, so that it
+	// fits the receive buffer: memory is never made for what is only announced.
+	// The largest that means something is a few strings of 4096 bytes.
+	optionBytesMax = receiveBufferBytes
 	// optionDiscardMax bounds the data of an option that is consumed, to
 	// answer that it is too big; the sender of more is hung up on.
 	optionDiscardMax = 1 << 20
@@ -28,6 +31,8 @@ var (
 	errTooManyOptions = errors.New("nbd: too many options")
 	errNotFixed       = errors.New("nbd: option of fixed newstyle without its flag")
 	errNoExport       = errors.New("nbd: no such export")
+	errUnavailable    = errors.New("nbd: export is not available")
+	errExportFull     = errors.New("nbd: export has too many clients")
 )
 
 // negotiate runs the handshake on c, until c.export and c.flags are chosen. An
@@ -80,8 +85,8 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 		}
 		return false, c.refuse(opt, repErrTooBig, "option too long")
 	}
-	data := make([]byte, n)
-	if err := c.in.segments([][]byte{data}); err != nil {
+	data, err := c.in.next(int(n))
+	if err != nil {
 		return false, err
 	}
 
@@ -118,15 +123,9 @@ func (c *conn) refuse(opt option, r optReply, text string) error {
 
 // exportName answers EXPORT_NAME, which can only be refused by hanging up.
 func (c *conn) exportName(name string, noZeroes bool) error {
-	e, r, _ := c.find(name)
-	if e == nil {
-		err := errNoExport
-		if r != repErrUnknown {
-			err = errNotAllowed
-		}
+	if _, err := c.choose(name, true); err != nil {
 		return fmt.Errorf("%w: %.256q", err, name)
 	}
-	c.choose(e)
 	out := binary.BigEndian.AppendUint64(nil, c.size)
 	out = binary.BigEndian.AppendUint16(out, uint16(c.flags))
 	if !noZeroes {
@@ -141,6 +140,10 @@ func (c *conn) exportName(name string, noZeroes bool) error {
 func (c *conn) list(data []byte) error {
 	if len(data) != 0 {
 		return c.refuse(optList, repErrInvalid, "LIST takes no data")
+	}
+	if c.s.opts.ListOff {
+		c.s.counters.listsRefused.Add(1)
+		return c.refuse(optList, repErrPolicy, "exports are not listed here")
 	}
 	var out, b []byte
 	for i := range c.s.opts.Exports {
@@ -163,11 +166,10 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 	if !ok {
 		return false, c.refuse(opt, repErrInvalid, "malformed query")
 	}
-	e, r, text := c.find(q.export)
-	if e == nil {
-		return false, c.refuse(opt, r, text)
+	if r, err := c.choose(q.export, opt == optGo); err != nil {
+		return false, c.refuse(opt, r, strings.TrimPrefix(err.Error(), "nbd: "))
 	}
-	c.choose(e)
+	e := c.export
 
 	b := binary.BigEndian.AppendUint16(nil, infoExport)
 	b = binary.BigEndian.AppendUint64(b, c.size)
@@ -192,32 +194,50 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 	return opt == optGo, err
 }
 
-// find returns the export that the client asks for by name, nil if it does not
-// get it, with the error and a text for it.
-func (c *conn) find(name string) (e *Export, r optReply, text string) {
-	e, ok := c.s.exports[name]
-	switch {
-	case !ok:
-		return nil, repErrUnknown, "no such export"
-	case c.admits(e):
-		return e, 0, ""
+// choose makes the export name that of the connection; after INFO a later option
+// may choose another. With enter the client is one of its users from then on, until
+// the connection ends. The error tells why it cannot be; r tells the client.
+func (c *conn) choose(name string, enter bool) (r optReply, err error) {
+	cs := &c.s.counters
+	e := c.s.exports[name]
+	if e == nil {
+		cs.exportsUnknown.Add(1)
+		return repErrUnknown, errNoExport
 	}
-	c.s.counters.exportsForbidden.Add(1)
-	if c.nc.tls == nil {
-		return nil, repErrTLSReqd, "the export needs TLS"
+	if !c.admits(e.Export) {
+		cs.exportsForbidden.Add(1)
+		if c.nc.tls == nil {
+			return repErrTLSReqd, errExportTLS
+		}
+		return repErrPolicy, errNotAllowed
 	}
-	return nil, repErrPolicy, "the export is not for this client"
-}
-
-// choose makes e the export of the connection. After INFO a later option may
-// choose another.
-func (c *conn) choose(e *Export) {
-	c.export, c.size = e, e.Backend.Size()
+	own := *e.Export
+	if own.Backend == nil {
+		begin := time.Now()
+		if own.Backend, err = own.Open(c.ctx); err != nil {
+			cs.exportsUnavailable.Add(1)
+			return repErrUnknown, errUnavailable
+		}
+		c.in.handshake = c.in.handshake.Add(time.Since(begin))
+		if err := c.nc.SetWriteDeadline(c.in.handshake); err != nil {
+			return repErrUnknown, err
+		}
+	}
+	if enter {
+		if n := e.clients.Add(1); e.ConnectionsMax > 0 && n > int64(e.ConnectionsMax) {
+			e.clients.Add(-1)
+			cs.exportsFull.Add(1)
+			return repErrPolicy, errExportFull
+		}
+		c.using = e
+	}
+	c.export, c.size = &own, own.Backend.Size()
 	c.flags = FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn
-	c.readOnly = e.Backend.ReadOnly()
+	c.readOnly = own.Backend.ReadOnly()
 	if c.readOnly {
 		c.flags |= FlagReadOnly
 	} else {
 		c.flags |= FlagSendTrim | FlagSendWriteZeroes | FlagSendFastZero
 	}
+	return 0, nil
 }

@@ -24,6 +24,9 @@ const (
 	iovMax = 1024
 )
 
+// errIdle tells that a client has wanted nothing for too long.
+var errIdle = errors.New("nbd: idle for too long")
+
 // errStopped tells that stop has been called, at a point where nothing that
 // was begun is lost.
 var errStopped = errors.New("nbd: stopped")
@@ -34,7 +37,7 @@ var aLongTimeAgo = time.Unix(1, 0)
 // A receiver reads from a connection through a buffer, and knows the deadlines:
 //
 //   - during the handshake, one for all of it;
-//   - between requests none, but stop ends the wait;
+//   - between requests that of idleness, if there is one; stop ends the wait, too;
 //   - inside a request, one for the rest of its header and one for its payload,
 //     whatever stop does. They are not put off by a byte now and then.
 //
@@ -44,6 +47,11 @@ type receiver struct {
 	src   io.Reader       // what is read: nc, or TLS on it
 	raw   syscall.RawConn // nil if src has no descriptor
 	stall time.Duration   // limit of what a client has begun; not positive: none
+	idle  time.Duration   // limit of the wait for a request; not positive: none
+
+	// active tells whether something else has happened since it was last called,
+	// or is happening, for which a client that sends nothing is not idle.
+	active func() bool
 
 	buf  []byte
 	r, w int // buf[r:w] is received and not yet consumed
@@ -129,8 +137,8 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 }
 
 // request waits for the header of a request and returns its bytes, which are
-// valid until the next call. It returns errStopped after stop, and io.EOF if the
-// connection ended between two requests.
+// valid until the next call. It returns errStopped after stop, errIdle when none
+// came for too long, and io.EOF if the connection ended between two requests.
 func (rc *receiver) request() ([]byte, error) {
 	for rc.r == rc.w {
 		if err := rc.armIdle(); err != nil {
@@ -140,8 +148,14 @@ func (rc *receiver) request() ([]byte, error) {
 		n, err := rc.src.Read(rc.buf)
 		rc.w = n
 		if n == 0 && err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) && rc.stopped() {
-				return nil, errStopped
+			if errors.Is(err, os.ErrDeadlineExceeded) {
+				switch {
+				case rc.stopped():
+					return nil, errStopped
+				case rc.active():
+					continue
+				}
+				return nil, errIdle
 			}
 			return nil, err
 		}
@@ -158,6 +172,9 @@ func (rc *receiver) armIdle() error {
 	defer rc.mu.Unlock()
 	if rc.mu.stopped {
 		return errStopped
+	}
+	if rc.idle > 0 {
+		return rc.nc.SetReadDeadline(time.Now().Add(rc.idle))
 	}
 	if rc.timed {
 		rc.timed = false

@@ -9,6 +9,7 @@ import (
 	"runtime/pprof"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unicode/utf8"
@@ -26,7 +27,19 @@ type Export struct {
 	Name string
 	// Description is shown to people who list the exports. May be empty.
 	Description string
-	Backend     Backend
+	// Backend is the disk; nil with Open.
+	Backend Backend
+
+	// Open returns the disk to a client that asks for the export, when Backend
+	// is nil. It is called for each, concurrently; the first may open what the
+	// others share, and the one that made it closes it, after the server has
+	// ended. It may take its time, which is not the client's, until ctx ends.
+	// With an error the client is told that the export is not available.
+	Open func(ctx context.Context) (Backend, error)
+
+	// ConnectionsMax bounds the clients that use the export; further ones are
+	// refused. 0: no bound but that of the server.
+	ConnectionsMax int
 
 	// Allow are the names of the clients that may use it: the common name or
 	// an alternative name in a certificate that was verified under TLS, exactly.
@@ -53,7 +66,8 @@ type Options struct {
 
 	// BytesMax bounds the payload in flight on all connections together, in
 	// bytes: data of reads not yet taken by the client, and of writes not yet
-	// done, counted in blocks of 4096 bytes. PayloadBytesMax of it are for one
+	// done, counted in blocks of 4096 bytes. A request without data counts as one
+	// block, so this bounds the requests of all connections as well. PayloadBytesMax of it are for one
 	// long request at a time, a quarter is divided among ConnectionsMax
 	// connections, the rest is for those who come; so clients that do not read
 	// or send on cannot keep the others out. At least, and by default, twice
@@ -65,10 +79,17 @@ type Options struct {
 
 	// StallTimeout is how long a client may take to send the rest of a header,
 	// to send a payload, or to take what is sent to it at once (the replies that
-	// are ready, up to 1 MiB, or one), before it is cut off; it may be idle for
-	// ever. It is what ends the claim of a stopped client on memory. Default
-	// 5 min, in which 1 Mbit/s moves the longest payload; negative means no limit.
+	// are ready, up to 1 MiB, or one), before it is cut off. It is what ends the
+	// claim of a stopped client on memory. Default 5 min, in which 1 Mbit/s moves
+	// the longest payload; negative means no limit.
 	StallTimeout time.Duration
+
+	// DefaultExport is the name of the export for clients that ask for none.
+	// Default: the one with the empty name, if there is one.
+	DefaultExport string
+
+	// ListOff refuses to list the exports.
+	ListOff bool
 
 	// TLS is offered to clients; nil means that there is none. See
 	// [Certificates] for one that follows the files it was read from.
@@ -76,6 +97,11 @@ type Options struct {
 
 	// TLSRequired refuses everything to clients that do not use TLS.
 	TLSRequired bool
+
+	// IdleTimeout is how long a client may want nothing before it is cut off; the
+	// Linux client does not mind only with its option for persistence. It is at
+	// least this long and at most twice that. Default 0: for ever.
+	IdleTimeout time.Duration
 
 	// Log is called for what operators may want to know; nil means nobody
 	// does. It is called concurrently, from the goroutine that has the event,
@@ -116,8 +142,11 @@ func (o Options) Validate() error {
 		if err := checkString(e.Description); err != nil {
 			fault("export %q: description: %w", e.Name, err)
 		}
-		if e.Backend == nil {
-			fault("export %q: no backend", e.Name)
+		if (e.Backend == nil) == (e.Open == nil) {
+			fault("export %q: want either Backend or Open", e.Name)
+		}
+		if e.ConnectionsMax < 0 {
+			fault("export %q: ConnectionsMax %d is negative", e.Name, e.ConnectionsMax)
 		}
 		if len(e.Allow) > 0 && o.TLS == nil {
 			fault("export %q: Allow without TLS", e.Name)
@@ -126,6 +155,13 @@ func (o Options) Validate() error {
 			fault("export %q: exists twice", e.Name)
 		}
 		seen[e.Name] = true
+	}
+	if d := o.DefaultExport; d != "" {
+		if !seen[d] {
+			fault("DefaultExport %q is no export", d)
+		} else if seen[""] {
+			fault("DefaultExport %q, and an export with the empty name", d)
+		}
 	}
 	if o.ConnectionsMax < 1 {
 		fault("ConnectionsMax %d is not positive", o.ConnectionsMax)
@@ -138,6 +174,9 @@ func (o Options) Validate() error {
 	}
 	if o.BytesMax < 2*uint64(o.PayloadBytesMax) {
 		fault("BytesMax %d is less than twice PayloadBytesMax %d", o.BytesMax, o.PayloadBytesMax)
+	}
+	if o.IdleTimeout < 0 {
+		fault("IdleTimeout %v is negative", o.IdleTimeout)
 	}
 	if o.HandshakeTimeout < 0 {
 		fault("HandshakeTimeout %v is negative", o.HandshakeTimeout)
@@ -188,11 +227,17 @@ type Event struct {
 	Length  uint32
 }
 
+// A namedExport is an export of a running server.
+type namedExport struct {
+	*Export              // in Options.Exports
+	clients atomic.Int64 // that use it
+}
+
 // A Server serves exports to any number of connections, from any number of
 // listeners. All methods may be called concurrently.
 type Server struct {
-	opts    Options            // immutable
-	exports map[string]*Export // immutable; points into opts.Exports
+	opts    Options                 // immutable
+	exports map[string]*namedExport // immutable, by the names that clients may ask for
 
 	budget   budget
 	counters counters
@@ -215,14 +260,17 @@ func NewServer(opts Options) (*Server, error) {
 	}
 	s := &Server{
 		opts:     opts.withDefaults(),
-		exports:  make(map[string]*Export),
+		exports:  make(map[string]*namedExport),
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
 	}
 	s.budget.init(s.opts.BytesMax, uint64(s.opts.PayloadBytesMax), s.opts.ConnectionsMax)
 	s.opts.Exports = append([]Export(nil), opts.Exports...)
 	for i := range s.opts.Exports {
-		s.exports[s.opts.Exports[i].Name] = &s.opts.Exports[i]
+		s.exports[s.opts.Exports[i].Name] = &namedExport{Export: &s.opts.Exports[i]}
+	}
+	if e := s.exports[s.opts.DefaultExport]; e != nil {
+		s.exports[""] = e
 	}
 	s.mu.listeners = make(map[net.Listener]struct{})
 	s.mu.conns = make(map[*conn]struct{})

@@ -672,6 +672,89 @@ func TestTimeouts(t *testing.T) {
 	}
 }
 
+// Idle is who wants nothing: not who waits for an answer, however long that takes,
+// and not who takes long over a request.
+func TestIdleTimeout(t *testing.T) {
+	const idle = 10 * time.Second
+	synctest.Test(t, func(t *testing.T) {
+		d := newMemDisk(1 << 20)
+		d.onFlush = func(context.Context) error { time.Sleep(time.Hour); return nil }
+		events := make(chan Event, 10)
+		s, err := NewServer(Options{IdleTimeout: idle, Exports: []Export{{Backend: d}}, Log: func(e Event) {
+			if e.Kind == EventClose {
+				events <- e
+			}
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l := newPipeListener()
+		go s.Serve(l)
+		defer s.Close()
+		nc := l.dial()
+		defer nc.Close()
+		io.ReadFull(nc, make([]byte, 18))
+		nc.Write(appendOption([]byte{0, 0, 0, 3}, optExportName, nil))
+		io.ReadFull(nc, make([]byte, 10))
+		do := func(cmd Command, n int) {
+			t.Helper()
+			h := header{cmd: cmd, n: uint32(n)}.appendTo(nil)
+			nc.Write(h[:20])
+			time.Sleep(2 * idle) // in the middle of it
+			nc.Write(h[20:])
+			if _, err := io.ReadFull(nc, make([]byte, simpleReplySize+n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		for range 5 {
+			do(CmdRead, 512)
+			time.Sleep(idle - 1)
+		}
+		do(CmdFlush, 0) // takes an hour
+		begin := time.Now()
+		if e := <-events; e.Err != errIdle || time.Since(begin) < idle || time.Since(begin) > 2*idle {
+			t.Errorf("closed after %v with %v", time.Since(begin), e.Err)
+		}
+		if m := s.Metrics(); m.ConnectionsIdle != 1 || m.ConnectionsStalled != 0 {
+			t.Errorf("%+v", m)
+		}
+	})
+}
+
+// Requests without data count, too: however many clients send them and however
+// long they take, their number is bounded, and one more client has its turn.
+func TestRequestsOfAllAreBounded(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onFlush = g.wait
+	s := serve(t, Options{Exports: []Export{{Backend: d}, {Name: "other", Backend: newMemDisk(4096)}},
+		PayloadBytesMax: 64 << 10, BytesMax: 256 << 10, ConnectionsMax: 8}) // 2 blocks of reserve each, 32 of pool
+	for range 7 {
+		rc := s.rawGo()
+		for i := range uint64(64) {
+			rc.request(CmdFlush, i, 0, 0)
+		}
+	}
+	waiting := func() bool {
+		s.budget.mu.Lock()
+		defer s.budget.mu.Unlock()
+		return len(s.budget.mu.waiters) == 7
+	}
+	eventually(t, "all wait", waiting)
+	m := s.Metrics()
+	if m.BytesInFlight > m.BytesMax || len(g.entered) > 256/4 {
+		t.Errorf("%d flushes at once, %d bytes", len(g.entered), m.BytesInFlight)
+	}
+	other := s.dial("other")
+	for range 10 {
+		if err := other.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+	}
+	g.open(7 * 64)
+	eventually(t, "all are answered", func() bool { return s.Metrics().Flush.Requests == 7*64+10 })
+}
+
 // A handshake has its time for what the server sends, too; afterwards there is
 // none of it left.
 func TestHandshakeTimeoutOfWrites(t *testing.T) {
@@ -773,7 +856,7 @@ func TestOptionsValidate(t *testing.T) {
 	if err == nil {
 		t.Fatal("no fault found")
 	}
-	for _, want := range []string{"exists twice", "name: ", "description: ", "no backend", "ConnectionsMax", "RequestsMax", " PayloadBytesMax", " BytesMax"} {
+	for _, want := range []string{"exists twice", "name: ", "description: ", "want either Backend or Open", "ConnectionsMax", "RequestsMax", " PayloadBytesMax", " BytesMax"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("%q is not among the faults:\n%v", want, err)
 		}

@@ -17,7 +17,8 @@ var (
 	errTLSRequired  = errors.New("nbd: client goes without TLS, which is required")
 	errTLSPipelined = errors.New("nbd: client sent on before STARTTLS was answered")
 	errTLS          = errors.New("nbd: TLS handshake")
-	errNotAllowed   = errors.New("nbd: client is not allowed to use the export")
+	errExportTLS    = errors.New("nbd: export needs TLS")
+	errNotAllowed   = errors.New("nbd: export is not for this client")
 )
 
 // A link is the way to a client: its socket, and TLS on it once that is agreed on.
