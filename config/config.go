@@ -46,8 +46,20 @@ type Config struct {
 	TLS string `key:"tls" type:"off|on|require" help:"off, on (offered) or require"`
 
 	// TLSCertificates is the directory with ca-cert.pem, server-cert.pem and
-	// server-key.pem. Needed unless TLS is off. Default empty.
+	// server-key.pem, and perhaps ca-crl.pem; it is followed when they change.
+	// Needed unless TLS is off. Default empty.
 	TLSCertificates string `key:"tls-certificates" type:"dir" help:"directory of ca-cert.pem, server-cert.pem and server-key.pem"`
+
+	// TLSVerifyPeer asks clients under TLS for a certificate that is signed by
+	// the authority in ca-cert.pem. Default true.
+	TLSVerifyPeer bool `key:"tls-verify-peer" help:"ask clients for a certificate signed by ca-cert.pem"`
+
+	// DefaultExport is the name of the export for clients that ask for none. Default
+	// empty: the one with the empty name, if there is one.
+	DefaultExport string `key:"default-export" type:"name" help:"export for clients that name none (default: the one with the empty name)"`
+
+	// ListExports tells clients what exports there are. Default true.
+	ListExports bool `key:"list-exports" help:"tell clients what exports there are"`
 
 	// Cache is the memory for cached pages of all exports together, clean and
 	// dirty and their copies, in bytes. Default 256MiB, at least 16MiB.
@@ -101,6 +113,15 @@ type Config struct {
 	// connection to its first request. Default 10s; 100ms to 10m.
 	HandshakeTimeout time.Duration `key:"handshake-timeout" type:"duration" help:"longest time from connection to first request"`
 
+	// StallTimeout is the longest time that a client may take over what it has
+	// begun: to send the rest of a request, or to take its answer. Default 5m; 1s
+	// to 24h.
+	StallTimeout time.Duration `key:"stall-timeout" type:"duration" help:"longest time for a client to send the rest of a request, or to take its answer"`
+
+	// IdleTimeout is how long a client may want nothing before it is cut off.
+	// Default 0: for ever. At most 8760h.
+	IdleTimeout time.Duration `key:"idle-timeout" type:"duration" help:"cut off clients that want nothing for this long (0: never)"`
+
 	// ConnectionsMax is the number of clients served at a time; more are
 	// closed at once. Default 128; 1 to 65536.
 	ConnectionsMax int `key:"connections-max" type:"number" help:"connections served at a time"`
@@ -148,6 +169,19 @@ type Export struct {
 	// and none have no levels.
 	Level int `key:"level" single:"level" type:"number" help:"effort of the codec, 1 to 4 (0: its default)"`
 
+	// Lazy opens the store when the first client asks for it, and not at the
+	// start; nothing about it is looked at before. Default false.
+	Lazy bool `key:"lazy" single:"lazy" help:"open the store when the first client asks for it"`
+
+	// Allow are the clients that may use the export, by a name (common name or
+	// alternative name) in the certificate that they show under TLS. Default
+	// empty: all.
+	Allow []string `key:"allow" single:"allow" type:"name" help:"client that may use the export, by a name in its certificate; may be given again (default: all)"`
+
+	// ConnectionsMax is the number of clients that use the export at a time.
+	// Default 0: no limit but that of the server. At most 65536.
+	ConnectionsMax int `key:"connections-max" single:"export-connections-max" type:"number" help:"connections to the export at a time (0: no limit of its own)"`
+
 	// ReadOnly serves the export without ever writing to its backing. Default false.
 	ReadOnly bool `key:"read-only" single:"read-only" help:"serve without ever writing"`
 
@@ -176,6 +210,8 @@ func Default() *Config {
 	return &Config{
 		SocketMode:         0o600,
 		TLS:                TLSOff,
+		TLSVerifyPeer:      true,
+		ListExports:        true,
 		Cache:              256 * MiB,
 		Payload:            64 * MiB,
 		MapCache:           32 * MiB,
@@ -184,6 +220,7 @@ func Default() *Config {
 		WritebackPeriod:    5 * time.Second,
 		WritebackExpire:    30 * time.Second,
 		HandshakeTimeout:   10 * time.Second,
+		StallTimeout:       5 * time.Minute,
 		ConnectionsMax:     128,
 		RequestsMax:        128,
 		LogLevel:           "info",

@@ -86,7 +86,7 @@ func TestExampleIsDefault(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := Default()
-	want.Exports = []Export{{Path: "/var/lib/cnbd/disk.cnbd", Size: 100 * GiB}}
+	want.Exports = []Export{{Path: "/var/lib/cnbd/disk.cnbd", Size: 100 * GiB, Allow: []string{}}}
 	want.Listen = []string{} // written as []
 	if !reflect.DeepEqual(got, want) {
 		t.Errorf("the example is\n%+v, the defaults are\n%+v", got, want)
@@ -164,6 +164,11 @@ func TestSources(t *testing.T) {
 		"allow-plaintext":     {"true", "false", "true"},
 		"tls":                 {"on", "require", "off"},
 		"tls-certificates":    {"/file", "/env", "/flag"},
+		"tls-verify-peer":     {"false", "true", "false"},
+		"default-export":      {"file", "env", "flag"},
+		"list-exports":        {"false", "true", "false"},
+		"stall-timeout":       {"11s", "12s", "14s"},
+		"idle-timeout":        {"1h0m0s", "2h0m0s", "3h0m0s"},
 		"cache":               {"100MiB", "200MiB", "300MiB"},
 		"dirty-max":           {"10MiB", "20MiB", "30MiB"},
 		"background":          {"1MiB", "2MiB", "3MiB"},
@@ -190,7 +195,7 @@ func TestSources(t *testing.T) {
 		file.WriteString(key + ": " + v.file + "\n")
 		args = append(args, "--"+key+"="+v.flag)
 	}
-	file.WriteString("exports: [{path: disk}]\n")
+	file.WriteString("exports: [{path: a, name: file}, {path: b, name: env}, {path: c, name: flag}]\n")
 	path := write(t, file.String())
 
 	check := func(source string, flags *pflag.FlagSet, pick func(values) string) {
@@ -233,7 +238,8 @@ func TestSources(t *testing.T) {
 func TestOneExport(t *testing.T) {
 	want := Default()
 	want.Exports = []Export{{Name: "vm", Path: "/srv/vm.cnbd", Size: 10 * GiB, Capacity: 4 * GiB,
-		Codec: "zstd", Level: 3, ReadOnly: true, Description: "a, b"}}
+		Codec: "zstd", Level: 3, ReadOnly: true, Description: "a, b", Lazy: true, ConnectionsMax: 3, Allow: []string{"alice", "bob"}}}
+	want.TLS, want.TLSCertificates = TLSOn, "/certs"
 	check := func(source string, got *Config, err error) {
 		t.Helper()
 		if err != nil {
@@ -244,15 +250,20 @@ func TestOneExport(t *testing.T) {
 	}
 
 	got, err := Load("", commandLine(t, "--export", "vm", "--size", "10G", "--capacity", "4GiB", "--codec=zstd",
-		"--level=3", "--read-only", "/srv/vm.cnbd", "--description", "a, b"))
+		"--level=3", "--read-only", "/srv/vm.cnbd", "--description", "a, b", "--lazy", "--export-connections-max=3",
+		"--allow=alice", "--allow=bob", "--tls=on", "--tls-certificates=/certs"))
 	check("flags", got, err)
 	got, err = Load(write(t, `
 exports:
-  - {name: vm, path: /srv/vm.cnbd, size: 10737418240, capacity: 4 GiB, codec: zstd, level: 3, read-only: true, description: "a, b"}
+  - {name: vm, path: /srv/vm.cnbd, size: 10737418240, capacity: 4 GiB, codec: zstd, level: 3, read-only: true, description: "a, b",
+     lazy: true, connections-max: 3, allow: [alice, bob]}
+tls: on
+tls-certificates: /certs
 `), commandLine(t))
 	check("file", got, err)
 	for key, v := range map[string]string{"export": "vm", "backing": "/srv/vm.cnbd", "size": "10GiB", "capacity": "4GiB",
-		"codec": "zstd", "level": "3", "read-only": "true", "description": "a, b"} {
+		"codec": "zstd", "level": "3", "read-only": "true", "description": "a, b", "lazy": "true", "export-connections-max": "3",
+		"allow": "alice, bob", "tls": "on", "tls-certificates": "/certs"} {
 		t.Setenv(EnvName(key), v)
 	}
 	got, err = Load("", commandLine(t))
@@ -367,12 +378,25 @@ func TestRefused(t *testing.T) {
 			map[string]string{"size": "unknown key", "export": "unknown key"}},
 
 		"address":        {"", []string{"--listen", "localhost", "b"}, map[string]string{"listen": "--listen: \"localhost\" is not an address"}},
+		"no address":     {"", []string{"--listen=", "b"}, map[string]string{"listen": "--listen: \"\" is not an address"}},
 		"twice":          {"", []string{"--listen", "unix:/a", "--listen", "unix:/a", "b"}, map[string]string{"listen": "unix:/a is given twice"}},
 		"open":           {"", []string{"--listen", "tcp:0.0.0.0:10809", "b"}, map[string]string{"listen": other}},
 		"all addresses":  {"", []string{"--listen", "tcp:[::]", "b"}, map[string]string{"listen": other}},
 		"TLS not forced": {"", []string{"--listen", "tcp:h:1", "--tls=on", "--tls-certificates=/c", "b"}, map[string]string{"listen": other}},
 		"no directory":   {"", []string{"--tls=require", "b"}, map[string]string{"tls-certificates": "needed with tls require"}},
 		"socket mode":    {"", []string{"--socket-mode=0444", "b"}, map[string]string{"socket-mode": "--socket-mode: 0444 is out of range"}},
+
+		"allow without TLS":     {"", []string{"--allow=alice", "b"}, map[string]string{"exports[0].allow": "--allow: clients are known by their certificates only"}},
+		"allow, peer not asked": {"exports: [{path: a, allow: [x]}]", []string{"--tls=on", "--tls-certificates=/c", "--tls-verify-peer=false"}, map[string]string{"exports[0].allow": "exports[0].allow: clients are known"}},
+		"allow nobody":          {"", []string{"--tls=on", "--tls-certificates=/c", "--allow=", "b"}, map[string]string{"exports[0].allow": "empty name"}},
+		"allow a number":        {"exports: [{path: a, allow: [1]}]", nil, map[string]string{"exports[0].allow": "1 is not text"}},
+		"verify peer":           {"tls-verify-peer: perhaps\nexports: [{path: a}]", nil, map[string]string{"tls-verify-peer": "tls-verify-peer: perhaps is neither true nor false"}},
+		"list":                  {"list-exports: maybe\nexports: [{path: a, lazy: x}]", nil, map[string]string{"list-exports": "list-exports: maybe is neither true nor false", "exports[0].lazy": "x is neither true nor false"}},
+		"default export":        {"", []string{"--default-export=x", "b"}, map[string]string{"default-export": `--default-export: "x" is the name of no export`}},
+		"two defaults":          {"exports: [{path: a}, {path: b, name: b}]\ndefault-export: b", nil, map[string]string{"default-export": `"b", and exports[0] has the empty name`}},
+		"export's connections":  {"", []string{"--export-connections-max=-1", "b"}, map[string]string{"exports[0].connections-max": "--export-connections-max: -1 is out of range: give 0 to 65536"}},
+		"stall":                 {"", []string{"--stall-timeout=10ms", "b"}, map[string]string{"stall-timeout": "--stall-timeout: 10ms is out of range: give 1s to 24h0m0s"}},
+		"idle":                  {"", []string{"--idle-timeout=-1s", "b"}, map[string]string{"idle-timeout": "--idle-timeout: -1s is out of range: give 0s to 8760h0m0s"}},
 
 		"cache too small": {"", []string{"--cache", "1MiB", "--dirty-max=1GiB", "--background=1GiB", "b"}, map[string]string{"cache": "1MiB is out of range: give 16MiB to"}},
 		"dirty too much":  {"", []string{"--dirty-max", "200MiB", "b"}, map[string]string{"dirty-max": "give 4MiB to 192MiB"}},

@@ -41,7 +41,7 @@ func Load(file string, flags *pflag.FlagSet) (*Config, error) {
 		}
 		l.bind(key)
 		if l.v.IsSet(key) {
-			l.faults.add(key, decode(field, l.v.Get(key)))
+			l.faults.add(key, decode(field, l.value(key)))
 		}
 	}
 	if single := l.singleForm(); !single {
@@ -205,6 +205,17 @@ func (l *loader) bind(key string) {
 	}
 }
 
+// value is what viper has for key, but for lists given as flags: those it takes
+// apart at commas, and empty strings it drops.
+func (l *loader) value(key string) any {
+	if f := l.flag(key); f != nil && f.Changed {
+		if list, ok := f.Value.(pflag.SliceValue); ok {
+			return list.GetSlice()
+		}
+	}
+	return l.v.Get(key)
+}
+
 // flag is the flag of key, nil if the command line has none.
 func (l *loader) flag(key string) *pflag.Flag {
 	if l.flags == nil {
@@ -222,7 +233,7 @@ func (l *loader) singleForm() bool {
 		l.bind(key)
 		if l.v.IsSet(key) {
 			given = append(given, key)
-			l.faults.add(key, decode(field, l.v.Get(key)))
+			l.faults.add(key, decode(field, l.value(key)))
 		}
 	}
 	if l.flags != nil && l.flags.NArg() > 0 {

@@ -64,6 +64,8 @@ func (c *Config) validate(fs *faults) {
 	fs.add("writeback-period", within(c.WritebackPeriod, 10*time.Millisecond, time.Hour))
 	fs.add("writeback-expire", within(c.WritebackExpire, 10*time.Millisecond, 24*time.Hour))
 	fs.add("handshake-timeout", within(c.HandshakeTimeout, 100*time.Millisecond, 10*time.Minute))
+	fs.add("stall-timeout", within(c.StallTimeout, time.Second, 24*time.Hour))
+	fs.add("idle-timeout", within(c.IdleTimeout, 0, 8760*time.Hour))
 	fs.add("connections-max", within(c.ConnectionsMax, 1, 65536))
 	fs.add("requests-max", within(c.RequestsMax, 1, 4096))
 	fs.add("log-level", oneOf(c.LogLevel, logLevels))
@@ -107,7 +109,38 @@ func (c *Config) validateExports(fs *faults) {
 			fs.add(key("level"), within(e.Level, 0, cmp.Or(most, 4)))
 		}
 		fs.add(key("description"), protocolString(e.Description))
+		fs.add(key("connections-max"), within(e.ConnectionsMax, 0, 65536))
+		fs.add(key("allow"), c.allow(e.Allow, fs))
 	}
+	if d := c.DefaultExport; d != "" {
+		if _, found := names[d]; !found {
+			fs.add("default-export", fmt.Errorf("%q is the name of no export", d))
+		} else if first, found := names[""]; found {
+			fs.add("default-export", fmt.Errorf("%q, and %s has the empty name, which makes it the default", d, exportKey(first, "")))
+		}
+	}
+}
+
+// allow checks the clients that may use an export.
+func (c *Config) allow(names []string, fs *faults) error {
+	if len(names) == 0 {
+		return nil
+	}
+	if fs.has("tls") || fs.has("tls-verify-peer") {
+		return nil
+	}
+	if c.TLS == TLSOff || !c.TLSVerifyPeer {
+		return errors.New("clients are known by their certificates only: set tls to on or require, and tls-verify-peer")
+	}
+	for _, n := range names {
+		if n == "" {
+			return errors.New("an empty name is that of nobody")
+		}
+		if err := protocolString(n); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 func (c *Config) validateListen(fs *faults) {
