@@ -42,6 +42,7 @@ type conn struct {
 	in       receiver
 	started  int    // workers
 	inFlight int    // requests, when the last one was admitted
+	refused  bool   // an export, to the client
 	answered uint64 // mu.answered when active was last called
 
 	// Set by the handshake, immutable from then on.

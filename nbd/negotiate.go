@@ -199,6 +199,12 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 // the connection ends. The error tells why it cannot be; r tells the client.
 func (c *conn) choose(name string, enter bool) (r optReply, err error) {
 	cs := &c.s.counters
+	defer func() {
+		if err != nil && !c.refused { // once, or a client could fill the log
+			c.refused = true
+			c.s.log(Event{Kind: EventRefused, Conn: c.id, Remote: remoteOf(c.nc.Conn), Export: name[:min(len(name), 256)], Err: err})
+		}
+	}()
 	e := c.s.exports[name]
 	if e == nil {
 		cs.exportsUnknown.Add(1)

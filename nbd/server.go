@@ -204,7 +204,7 @@ type EventKind int
 const (
 	EventOpen          EventKind = iota + 1 // a handshake has ended with an export
 	EventClose                              // a connection has ended; Err tells why, nil is in good order
-	EventRefused                            // a connection was not let in
+	EventRefused                            // a connection, or the first export that it asked for in vain, with Err
 	EventRequestFailed                      // the backend failed a request with Err
 	EventAcceptFailing                      // accepting fails for now, with Err; it is tried again
 )

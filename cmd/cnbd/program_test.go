@@ -197,7 +197,7 @@ func TestBadInput(t *testing.T) {
 		{"serve --listen tcp:0.0.0.0:0 good", exitUsage, "can be reached by other hosts"},
 		{"serve --listen foo good", exitUsage, "is not an address"},
 		{"serve --listen unix:/" + strings.Repeat("x", 120) + " good", exitUsage, "too long"},
-		{"serve --tls on --tls-certificates directory good", exitUsage, "has no TLS yet"},
+		{"serve --tls on --tls-certificates directory good", exitFailed, "server-cert.pem: no such file"},
 		{"serve --tls require good", exitUsage, "tls-certificates"},
 
 		{"serve served", exitFailed, "in use by another process"},

@@ -50,10 +50,6 @@ func newServe() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			if c.TLS != config.TLSOff {
-				return usage(fmt.Errorf("tls: %s is asked for, and this version has no TLS yet: "+
-					"use a unix socket, loopback, or a tunnel", c.TLS))
-			}
 			// Caught from here on, so that a stop while starting is clean too.
 			stop := make(chan os.Signal, 2)
 			signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
@@ -87,49 +83,94 @@ type serving struct {
 
 // served is one export.
 type served struct {
-	export  *config.Export
-	file    disk.File    // locked, until device has it; nil if the store is yet to be made
+	export *config.Export
+	turn   chan struct{} // capacity 1: holds a token while somebody uses what follows
+
+	file    disk.File    // locked, until device has it; nil if the store is not looked at, or yet to be made
 	socket  net.Listener // of control
 	control *control.Server
-	device  *device.Device
+	device  *device.Device // nil: not open
+
+	// Of the start.
+	failed error // of an export that is not lazy
+	size   config.Size
 }
 
 // run serves until a signal comes from stop or the server fails. Nothing is
-// written before everything that can be refused has been looked at.
+// written before everything that can be refused has been looked at. A store that
+// cannot be opened is no reason not to serve the others.
 func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 	c := s.config
-	for i := range c.Exports {
-		v := &served{export: &c.Exports[i]}
-		s.stores = append(s.stores, v)
-		if err := v.acquire(c); err != nil {
+	opts := nbd.Options{
+		DefaultExport: c.DefaultExport, ListOff: !c.ListExports,
+		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax, BytesMax: uint64(c.Payload),
+		HandshakeTimeout: c.HandshakeTimeout, StallTimeout: c.StallTimeout, IdleTimeout: c.IdleTimeout, Log: s.event,
+	}
+	if c.TLS != config.TLSOff {
+		certs, err := nbd.LoadCertificates(c.TLSCertificates, c.TLSVerifyPeer, func(err error) { s.log.Error().Err(err).Msg("certificates") })
+		if err != nil {
 			return err
 		}
+		opts.TLS, opts.TLSRequired = certs.Config(), c.TLS == config.TLSRequire
+	}
+	for i := range c.Exports {
+		e := &c.Exports[i]
+		v := &served{export: e, turn: make(chan struct{}, 1)}
+		s.stores = append(s.stores, v)
+		opts.Exports = append(opts.Exports, nbd.Export{
+			Name: e.Name, Description: e.Description, Allow: e.Allow, ConnectionsMax: e.ConnectionsMax,
+			Open: func(ctx context.Context) (nbd.Backend, error) { return s.backend(ctx, v) },
+		})
+	}
+	// What cannot be opened at the start is tried again when a client asks for it.
+	var failed []error
+	try := func(f func(v *served) error) error {
+		for _, v := range s.stores {
+			if v.export.Lazy || v.failed != nil {
+				continue
+			}
+			if v.failed = f(v); v.failed == nil {
+				continue
+			}
+			failed = append(failed, v.failed)
+			if exitStatus(v.failed) == exitUsage || len(failed) == len(s.stores) {
+				return errors.Join(failed...)
+			}
+			s.log.Error().Err(v.failed).Str("export", v.export.Name).Msg("not available, the others are served")
+		}
+		return nil
+	}
+	if err := try(func(v *served) error { return v.acquire(c) }); err != nil {
+		return err
 	}
 	if err := s.listen(); err != nil {
 		return err
 	}
-	opts := nbd.Options{
-		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax, BytesMax: uint64(c.Payload),
-		HandshakeTimeout: c.HandshakeTimeout, Log: s.event,
-	}
-	for _, v := range s.stores {
-		if err := s.open(v); err != nil {
-			return err
-		}
-		opts.Exports = append(opts.Exports, nbd.Export{Name: v.export.Name, Description: v.export.Description, Backend: backend{v.device}})
+	if err := try(s.open); err != nil {
+		return err
 	}
 	var err error
 	if s.server, err = nbd.NewServer(opts); err != nil {
 		return err
 	}
-	failed := make(chan error, len(s.listeners))
+	broken := make(chan error, len(s.listeners))
 	for _, l := range s.listeners {
-		go func() { failed <- s.server.Serve(l) }()
+		go func() { broken <- s.server.Serve(l) }()
 	}
 	for _, v := range s.stores {
+		if v.failed != nil {
+			continue
+		}
 		for _, l := range s.listeners {
-			uri := nbd.URIOf(l.Addr(), v.export.Name).String()
-			s.log.Info().Str("uri", uri).Str("backing", v.export.Path).Stringer("size", config.Size(v.device.Bytes())).Msg("ready")
+			u := nbd.URIOf(l.Addr(), v.export.Name)
+			u.TLS = opts.TLSRequired
+			uri := u.String()
+			log := s.log.Info().Str("uri", uri).Str("backing", v.export.Path)
+			if v.export.Lazy {
+				log.Msg("ready, to be opened by the first client")
+			} else {
+				log.Stringer("size", v.size).Msg("ready")
+			}
 			fmt.Fprintln(stdout, uri)
 		}
 	}
@@ -138,7 +179,7 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 	select {
 	case sig := <-stop:
 		s.log.Info().Stringer("signal", sig).Msg("stopping: everything is committed first; a second signal ends at once")
-	case err = <-failed:
+	case err = <-broken:
 		s.log.Error().Err(err).Msg("stopping: a listener has failed")
 	}
 	s.notify(daemon.SdNotifyStopping)
@@ -151,10 +192,38 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 	return err
 }
 
+// backend is the device of v for a client; it is opened if it is not yet. It
+// waits for whoever else does that.
+func (s *serving) backend(ctx context.Context, v *served) (nbd.Backend, error) {
+	select {
+	case v.turn <- struct{}{}:
+		defer func() { <-v.turn }()
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if v.device != nil {
+		return backend{v.device}, nil
+	}
+	err := v.acquire(s.config)
+	if err == nil {
+		err = s.open(v)
+	}
+	if err != nil {
+		s.log.Error().Err(err).Str("export", v.export.Name).Msg("not available")
+		return nil, err
+	}
+	return backend{v.device}, nil
+}
+
 // acquire locks the store of v, if there is one, and looks whether it is what
 // the export describes. Nothing is written.
-func (v *served) acquire(c *config.Config) error {
+func (v *served) acquire(c *config.Config) (err error) {
 	e := v.export
+	defer func() {
+		if err != nil {
+			v.close()
+		}
+	}()
 	f, err := disk.Open(e.Path, disk.OpenOptions{ReadOnly: e.ReadOnly})
 	switch {
 	case errors.Is(err, fs.ErrNotExist) && e.Size != 0 && !e.ReadOnly:
@@ -192,8 +261,14 @@ func (s *serving) listen() error {
 		return fmt.Errorf("sockets of systemd: %w", err)
 	}
 	for _, l := range passed {
-		if l != nil { // not a stream socket
-			s.listeners = append(s.listeners, l)
+		if l == nil { // not a stream socket
+			continue
+		}
+		s.listeners = append(s.listeners, l)
+		a := config.Address{Network: l.Addr().Network(), Address: l.Addr().String()}
+		if !a.Local() && c.TLS != config.TLSRequire && !c.AllowPlaintext {
+			return usage(fmt.Errorf("%v, passed by systemd, can be reached by other hosts: set tls to require, "+
+				"or allow-plaintext if the network is trusted", a))
 		}
 	}
 	addresses := c.Listen
@@ -218,26 +293,19 @@ func (s *serving) listen() error {
 		}
 		s.listeners = append(s.listeners, l)
 	}
-	for _, v := range s.stores {
-		if v.export.ReadOnly {
-			continue // others may read the store as well
-		}
-		path, err := filepath.Abs(controlSocket(v.export.Path))
-		if err != nil {
-			return err
-		}
-		// Whoever has the lock of the store owns the socket.
-		if v.socket, err = nbd.Listen("unix:"+path, 0o600); err != nil {
-			s.log.Warn().Err(err).Msg("no control socket: `cnbd info` cannot ask this server")
-		}
-	}
 	return nil
 }
 
-// open makes the store of v if it is missing, recovers it, and answers for it.
-func (s *serving) open(v *served) error {
+// open makes the store of v, which is acquired, if it is missing, recovers it, and
+// answers for it.
+func (s *serving) open(v *served) (err error) {
 	c, e := s.config, v.export
 	log := s.log.With().Str("backing", e.Path).Logger()
+	defer func() {
+		if err != nil {
+			v.close()
+		}
+	}()
 	if v.file == nil {
 		if err := makeStore(c, e, false); err != nil {
 			return err
@@ -248,6 +316,16 @@ func (s *serving) open(v *served) error {
 			return inUse(e.Path, err)
 		}
 		v.file = f
+	}
+	if !e.ReadOnly { // others may read such a store as well
+		path, err := filepath.Abs(controlSocket(e.Path))
+		if err != nil {
+			return err
+		}
+		// Whoever has the lock of the store owns the socket.
+		if v.socket, err = nbd.Listen("unix:"+path, 0o600); err != nil {
+			log.Warn().Err(err).Msg("no control socket: `cnbd info` cannot ask this server")
+		}
 	}
 	g, err := store.ReadGeometry(v.file)
 	if err != nil {
@@ -282,6 +360,7 @@ func (s *serving) open(v *served) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", e.Path, err)
 	}
+	v.size = config.Size(v.device.Bytes())
 	r := v.device.Recovery()
 	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
 		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
@@ -293,6 +372,18 @@ func (s *serving) open(v *served) error {
 		v.socket = nil
 	}
 	return nil
+}
+
+// close gives back what was held to open the device.
+func (v *served) close() {
+	if v.socket != nil {
+		_ = v.socket.Close()
+		v.socket = nil
+	}
+	if v.file != nil {
+		_ = v.file.Close() // nothing was written
+		v.file = nil
+	}
 }
 
 // codecFor is the codec for new data: what the export asks for, else the store's.
@@ -327,12 +418,7 @@ func (s *serving) end() error {
 				s.log.Debug().Err(err).Msg("control socket")
 			}
 		}
-		if v.socket != nil {
-			_ = v.socket.Close()
-		}
-		if v.file != nil {
-			_ = v.file.Close() // nothing was written
-		}
+		v.close()
 		if v.device == nil {
 			continue
 		}
@@ -357,11 +443,14 @@ func (s *serving) event(e nbd.Event) {
 	log := s.log.With().Uint64("connection", e.Conn).Logger()
 	switch e.Kind {
 	case nbd.EventOpen:
+		if e.TLS != "" {
+			log = log.With().Str("tls", e.TLS).Str("client", e.Client).Logger()
+		}
 		log.Info().Str("export", e.Export).Str("remote", e.Remote).Msg("connected")
 	case nbd.EventClose:
 		log.Info().Err(e.Err).Msg("disconnected")
 	case nbd.EventRefused:
-		log.Warn().Err(e.Err).Str("remote", e.Remote).Msg("refused")
+		log.Warn().Err(e.Err).Str("export", e.Export).Str("remote", e.Remote).Msg("refused")
 	case nbd.EventRequestFailed:
 		log.Error().Err(e.Err).Str("export", e.Export).Stringer("command", e.Command).Uint64("offset", e.Offset).Uint32("length", e.Length).Msg("request failed")
 	case nbd.EventAcceptFailing:
