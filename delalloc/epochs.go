@@ -5,6 +5,7 @@ import (
 	"time"
 
 	"cnbd/extents"
+	"cnbd/internal/mutant"
 )
 
 // An Epoch is one generation of dirty state: what was changed between two
@@ -87,6 +88,9 @@ func (e *Epochs) freeze(holeSeq func() uint64) *Epoch {
 	f := e.open
 	f.holeSeq = holeSeq()
 	e.frozen = f
+	if mutant.Is(mutant.EpochLeak) {
+		return f
+	}
 	e.open = &Epoch{Number: f.Number + 1, State: extents.NewStateTree()}
 	return f
 }

@@ -279,7 +279,7 @@ func (p *powerCuts) next() (all []byte, at int64, err error) {
 }
 
 // runPowerCuts has f run histories of one device after the other.
-func runPowerCuts(t *testing.T, f func(seed uint64) (*powerCuts, error)) {
+func runPowerCuts(t *testing.T, f func(t *testing.T, seed uint64) (*powerCuts, error)) {
 	seed := disktest.Seed(t)
 	var sum powerCuts
 	start := time.Now()
@@ -288,7 +288,7 @@ func runPowerCuts(t *testing.T, f func(seed uint64) (*powerCuts, error)) {
 		histories *= 10 // a long run: 10,000 in both tests at the scale of `make test-long`
 	}
 	for ; sum.histories < histories; seed++ {
-		p, err := f(seed)
+		p, err := f(t, seed)
 		if err != nil {
 			t.Fatalf("CNBD_SEED=%d, history %d of the device: %v", seed, p.histories, err)
 		}
@@ -313,67 +313,69 @@ func runPowerCuts(t *testing.T, f func(seed uint64) (*powerCuts, error)) {
 // histories nothing commits by itself: then it has the state at a flush.
 func TestPowerCutOneClient(t *testing.T) {
 	t.Parallel()
-	runPowerCuts(t, func(seed uint64) (*powerCuts, error) {
-		p := newPowerCuts(t, seed, 48+rand.New(rand.NewPCG(seed, 0)).Int64N(64), 1536)
-		model := disktest.NewModel(p.size)
-		hist := disktest.NewHistory(seed, disktest.HistoryOptions{Size: p.size, RequestMax: 32 << 10})
-		quiet := seed%2 == 0
-		if quiet {
-			p.opts.CommitInterval, p.opts.CheckpointBytes = time.Hour, 1<<30
+	runPowerCuts(t, oneClient)
+}
+
+func oneClient(t *testing.T, seed uint64) (*powerCuts, error) {
+	p := newPowerCuts(t, seed, 48+rand.New(rand.NewPCG(seed, 0)).Int64N(64), 1536)
+	model := disktest.NewModel(p.size)
+	hist := disktest.NewHistory(seed, disktest.HistoryOptions{Size: p.size, RequestMax: 32 << 10})
+	quiet := seed%2 == 0
+	if quiet {
+		p.opts.CommitInterval, p.opts.CheckpointBytes = time.Hour, 1<<30
+	}
+	type mark struct {
+		at    int64 // the operation of the disk after which it was durable
+		point int   // of the model
+	}
+	for n := 1; ; n++ {
+		durable := []mark{{0, model.Commit()}}
+		d, err := Open(p.disk, p.opts)
+		if err != nil {
+			return p, err
 		}
-		type mark struct {
-			at    int64 // the operation of the disk after which it was durable
-			point int   // of the model
+		for range 16 + p.rng.IntN(24) {
+			r := hist.Next()
+			if _, err := do(t.Context(), d, r, 0, nil); err != nil {
+				return p, fmt.Errorf("%v: %w", r, err)
+			}
+			model.Do(r)
+			flushed := r.Verb == disktest.VerbFlush || r.FUA
+			if quiet && !flushed {
+				continue
+			}
+			if point := model.Commit(); flushed {
+				durable = append(durable, mark{p.disk.Ops(), point})
+			}
 		}
-		for n := 1; ; n++ {
-			durable := []mark{{0, model.Commit()}}
-			d, err := Open(p.disk, p.opts)
-			if err != nil {
-				return p, err
-			}
-			for range 16 + p.rng.IntN(24) {
-				r := hist.Next()
-				if _, err := do(t.Context(), d, r, 0, nil); err != nil {
-					return p, fmt.Errorf("%v: %w", r, err)
-				}
-				model.Do(r)
-				flushed := r.Verb == disktest.VerbFlush || r.FUA
-				if quiet && !flushed {
-					continue
-				}
-				if point := model.Commit(); flushed {
-					durable = append(durable, mark{p.disk.Ops(), point})
-				}
-			}
-			model.Commit() // of Close
-			if err := p.end(d); err != nil {
-				return p, err
-			}
-			oldest := func(at int64) (point int) {
-				for _, m := range durable {
-					if m.at <= at {
-						point = m.point
-					}
-				}
-				return point
-			}
-			if err := p.sweep(func(all []byte, at int64) error {
-				_, err := model.Find(bytes.NewReader(all), oldest(at))
-				return err
-			}); err != nil || n == 3 {
-				return p, err
-			}
-			all, at, err := p.next()
-			if err != nil {
-				return p, err
-			}
-			point, err := model.Find(bytes.NewReader(all), oldest(at))
-			if err != nil {
-				return p, err
-			}
-			model.Revert(point)
+		model.Commit() // of Close
+		if err := p.end(d); err != nil {
+			return p, err
 		}
-	})
+		oldest := func(at int64) (point int) {
+			for _, m := range durable {
+				if m.at <= at {
+					point = m.point
+				}
+			}
+			return point
+		}
+		if err := p.sweep(func(all []byte, at int64) error {
+			_, err := model.Find(bytes.NewReader(all), oldest(at))
+			return err
+		}); err != nil || n == 3 {
+			return p, err
+		}
+		all, at, err := p.next()
+		if err != nil {
+			return p, err
+		}
+		point, err := model.Find(bytes.NewReader(all), oldest(at))
+		if err != nil {
+			return p, err
+		}
+		model.Revert(point)
+	}
 }
 
 // TestPowerCutManyClients: several connections write, trim and flush the same
@@ -381,51 +383,53 @@ func TestPowerCutOneClient(t *testing.T) {
 // whole device.
 func TestPowerCutManyClients(t *testing.T) {
 	t.Parallel()
-	runPowerCuts(t, func(seed uint64) (*powerCuts, error) {
-		blocks := 32 + int(seed%64)
-		p := newPowerCuts(t, seed, int64(blocks), 0)
-		log := disktest.NewCutLog(disktest.CutOptions{Seed: seed, Blocks: blocks, Now: func() int64 { return p.disk.Ops() }})
-		for n := 1; ; n++ {
-			d, err := Open(p.disk, p.opts)
-			if err != nil {
-				return p, err
-			}
-			errs := make([]error, 2+p.rng.IntN(3))
-			var wg sync.WaitGroup
-			for c := range errs {
-				rng := rand.New(rand.NewPCG(p.rng.Uint64(), 0))
-				wg.Go(func() { errs[c] = cutClient(t.Context(), d, log, rng, c, blocks) })
-			}
-			stop := make(chan struct{})
-			stalled := make(chan struct{})
-			go func() { stall(d, stop); close(stalled) }()
-			wg.Wait()
-			close(stop)
-			<-stalled
-			if err := errors.Join(errs...); err != nil {
-				return p, errors.Join(err, d.Abort())
-			}
-			if err := p.end(d); err != nil {
-				return p, err
-			}
-			if err := p.sweep(func(all []byte, at int64) error {
-				err := log.CheckAt(bytes.NewReader(all), at)
-				if err != nil {
-					t.Logf("what was recorded:\n%s", log.Dump(bytes.NewReader(all), at))
-				}
-				return err
-			}); err != nil || n == 3 {
-				return p, err
-			}
-			all, _, err := p.next()
-			if err != nil {
-				return p, err
-			}
-			if err := log.Restart(bytes.NewReader(all)); err != nil {
-				return p, err
-			}
+	runPowerCuts(t, manyClients)
+}
+
+func manyClients(t *testing.T, seed uint64) (*powerCuts, error) {
+	blocks := 32 + int(seed%64)
+	p := newPowerCuts(t, seed, int64(blocks), 0)
+	log := disktest.NewCutLog(disktest.CutOptions{Seed: seed, Blocks: blocks, Now: func() int64 { return p.disk.Ops() }})
+	for n := 1; ; n++ {
+		d, err := Open(p.disk, p.opts)
+		if err != nil {
+			return p, err
 		}
-	})
+		errs := make([]error, 2+p.rng.IntN(3))
+		var wg sync.WaitGroup
+		for c := range errs {
+			rng := rand.New(rand.NewPCG(p.rng.Uint64(), 0))
+			wg.Go(func() { errs[c] = cutClient(t.Context(), d, log, rng, c, blocks) })
+		}
+		stop := make(chan struct{})
+		stalled := make(chan struct{})
+		go func() { stall(d, stop); close(stalled) }()
+		wg.Wait()
+		close(stop)
+		<-stalled
+		if err := errors.Join(errs...); err != nil {
+			return p, errors.Join(err, d.Abort())
+		}
+		if err := p.end(d); err != nil {
+			return p, err
+		}
+		if err := p.sweep(func(all []byte, at int64) error {
+			err := log.CheckAt(bytes.NewReader(all), at)
+			if err != nil {
+				t.Logf("what was recorded:\n%s", log.Dump(bytes.NewReader(all), at))
+			}
+			return err
+		}); err != nil || n == 3 {
+			return p, err
+		}
+		all, _, err := p.next()
+		if err != nil {
+			return p, err
+		}
+		if err := log.Restart(bytes.NewReader(all)); err != nil {
+			return p, err
+		}
+	}
 }
 
 // stall has commits stop between freezing their epoch and handing it off, for

@@ -3,7 +3,7 @@
 # kept in build/test/STAGE.json; then what failed, what was skipped and why, and
 # the counts. A stage that fails does not keep the next from running.
 #
-#   STAGES            which stages, of: plain invariants race fuzz
+#   STAGES            which stages, of: plain invariants race mutants fuzz
 #   PACKAGES          which packages (./...)
 #   FUZZTIME          time for each fuzz target (3s)
 #   TEST_TIMEOUT      longest time for the tests of one package (10m)
@@ -13,7 +13,7 @@ set -u
 cd "$(dirname "$0")/.." || exit
 PATH=$PATH:/usr/sbin:/sbin
 
-stages=${STAGES:-plain invariants race fuzz}
+stages=${STAGES:-plain invariants race mutants fuzz}
 read -ra packages <<<"${PACKAGES:-./...}"
 flags=(-timeout "${TEST_TIMEOUT:-10m}")
 [ "${CI:-}" = true ] && flags+=(-count=1)
@@ -70,6 +70,8 @@ for s in $stages; do
 			build/testsummary add $dir/race.json skip race "MISSING TOOL: $(go env CC), for the race detector"
 		fi
 		;;
+	# That the tests of crashes and damage find the mistakes of internal/mutant.
+	mutants) stage mutants go test -json -tags mutant -run '^TestMutants$' "${flags[@]}" "${packages[@]}" ;;
 	fuzz) FUZZ_JSON=1 stage fuzz scripts/fuzz.sh "${packages[@]}" ;;
 	*) echo "no stage $s"; exit 2 ;;
 	esac

@@ -4,6 +4,7 @@ import (
 	"fmt"
 
 	"cnbd/extents"
+	"cnbd/internal/mutant"
 )
 
 // A snapshot is the state of one commit, about to be merged into the tree.
@@ -58,6 +59,9 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	}
 	sb := &superblock{Geometry: s.geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root, nodes: totals}
 	s.segments.markEmpty(sb.sequence, snap.replay.serial)
+	if mutant.Is(mutant.ReuseBeforeCheckpoint) {
+		s.segments.release(sb.sequence + 1)
+	}
 	epoch := s.nodes.epoch
 	if sb.usage, sb.segments, err = s.appendUsage(&epoch); err != nil {
 		return err

@@ -18,13 +18,15 @@ import (
 // blobs and holes, beside a model. Commits are marked with the operation number
 // of the disk at which they were known to be durable.
 type crashRun struct {
-	t       *testing.T
 	rng     *rand.Rand
 	disk    *disktest.Disk
 	store   *Store
 	model   *disktest.Model
 	durable []durableMark
 	geo     Geometry
+	opts    Options
+
+	points, checkpoints int // power cuts, and checkpoints of the history
 }
 
 // A durableMark says that from operation op on, commit point point is durable.
@@ -136,8 +138,8 @@ var _ io.ReaderAt = contents{}
 
 // verify opens what a power cut has left and finds the commit point that it
 // holds, which must not be older than what was durable before operation k.
-func (r *crashRun) verify(d disk.File, k int64, opts Options) (*Store, int, error) {
-	s, err := Open(d, opts)
+func (r *crashRun) verify(d disk.File, k int64) (*Store, int, error) {
+	s, err := Open(d, r.opts)
 	if err != nil {
 		return nil, 0, fmt.Errorf("open: %w", err)
 	}
@@ -170,42 +172,12 @@ func TestPowerCutAtEveryOperation(t *testing.T) {
 	histories := 6 * disktest.Scale(t)
 	var points, checkpoints int
 	for h := range histories {
-		r := &crashRun{t: t, rng: rand.New(rand.NewPCG(seed, uint64(h))), geo: testGeometry(96, 40)}
-		r.disk = disktest.New(seed+uint64(h), disktest.Options{SectorSize: []int{512, 4096}[h%2]})
-		if err := Format(r.disk, r.geo); err != nil {
-			t.Fatal(err)
+		r := &crashRun{}
+		if err := r.history(seed, h); err != nil {
+			t.Fatalf("history %d of seed %d: %v", h, seed, err)
 		}
-		r.disk.Record()
-		from := r.disk.Ops()
-		r.model = disktest.NewModel(int64(r.geo.DeviceSize))
-		r.model.Commit()
-		s, err := Open(r.disk, testOptions())
-		if err != nil {
-			t.Fatal(err)
-		}
-		r.store = s
-		for i := range 120 {
-			if err := r.step(); err != nil {
-				t.Fatalf("history %d of seed %d, step %d: %v", h, seed, i, err)
-			}
-		}
-		if err := r.commit(); err != nil { // reads are of what has been written
-			t.Fatal(err)
-		}
-		if err := r.model.Check(contents{s}); err != nil {
-			t.Fatalf("history %d of seed %d: before any cut: %v", h, seed, err)
-		}
-		checkpoints += int(s.metrics.checkpoints.Load())
-		s.Close()
-		for k := from; k <= r.disk.Ops(); k++ {
-			for _, loss := range []disktest.Loss{disktest.LoseAll, disktest.KeepAll, disktest.Random(seed ^ uint64(k))} {
-				points++
-				d := r.disk.At(k, loss)
-				if err := r.cutAgain(d, k); err != nil {
-					t.Fatalf("history %d of seed %d, power cut at operation %d, %v: %v", h, seed, k, loss, err)
-				}
-			}
-		}
+		points += r.points
+		checkpoints += r.checkpoints
 	}
 	t.Logf("seed %d: %d histories, %d cuts, %d checkpoints", seed, histories, points, checkpoints)
 	if checkpoints == 0 {
@@ -213,11 +185,57 @@ func TestPowerCutAtEveryOperation(t *testing.T) {
 	}
 }
 
+// history runs history h of seed, and the power cuts in it.
+func (r *crashRun) history(seed uint64, h int) error {
+	r.begin(seed, h)
+	if err := Format(r.disk, r.geo); err != nil {
+		return err
+	}
+	r.disk.Record()
+	from := r.disk.Ops()
+	s, err := Open(r.disk, r.opts)
+	if err != nil {
+		return err
+	}
+	r.store = s
+	for i := range 120 {
+		if err := r.step(); err != nil {
+			return errors.Join(fmt.Errorf("step %d: %w", i, err), s.Close())
+		}
+	}
+	if err := r.commit(); err != nil { // reads are of what has been written
+		return err
+	}
+	err = r.model.Check(contents{s})
+	r.checkpoints = int(s.metrics.checkpoints.Load())
+	s.Close()
+	if err != nil {
+		return fmt.Errorf("before any cut: %w", err)
+	}
+	for k := from; k <= r.disk.Ops(); k++ {
+		for _, loss := range []disktest.Loss{disktest.LoseAll, disktest.KeepAll, disktest.Random(seed ^ uint64(k))} {
+			r.points++
+			if err := r.cutAgain(r.disk.At(k, loss), k); err != nil {
+				return fmt.Errorf("power cut at operation %d, %v: %w", k, loss, err)
+			}
+		}
+	}
+	return nil
+}
+
+// begin makes the disk and the model of history h of seed.
+func (r *crashRun) begin(seed uint64, h int) {
+	r.rng, r.geo, r.opts = rand.New(rand.NewPCG(seed, uint64(h))), testGeometry(96, 40), testOptions()
+	r.disk = disktest.New(seed+uint64(h), disktest.Options{SectorSize: []int{512, 4096}[h%2]})
+	r.model = disktest.NewModel(int64(r.geo.DeviceSize))
+	r.model.Commit()
+}
+
 // cutAgain verifies what a cut has left, with the power going again at a random
 // operation while it is opened and used.
 func (r *crashRun) cutAgain(d *disktest.Disk, k int64) error {
 	again := d.Clone()
-	s, first, err := r.verify(d, k, testOptions())
+	s, first, err := r.verify(d, k)
 	if err != nil {
 		return err
 	}
@@ -225,13 +243,13 @@ func (r *crashRun) cutAgain(d *disktest.Disk, k int64) error {
 	s.Close()
 
 	again.CutAt(int64(r.rng.IntN(int(ops) + 1)))
-	s, _, err = r.verify(again, k, testOptions())
+	s, _, err = r.verify(again, k)
 	if err == nil {
 		s.Close()
 	} else if !errors.Is(err, disktest.ErrPowerCut) {
 		return fmt.Errorf("opened again until a cut: %w", err)
 	}
-	s, second, err := r.verify(again.Crash(disktest.Random(uint64(k))), k, testOptions())
+	s, second, err := r.verify(again.Crash(disktest.Random(uint64(k))), k)
 	if err != nil {
 		return fmt.Errorf("after a cut during recovery: %w", err)
 	}
@@ -251,10 +269,65 @@ func (r *crashRun) cutAgain(d *disktest.Disk, k int64) error {
 	return s.Sync(c)
 }
 
+// TestRottenSuperblock: after any commit, and whatever has been used again since,
+// the newest superblock can rot: the checkpoint before it and the log behind that
+// are whole, and lead to the same state (rule R4).
+func TestRottenSuperblock(t *testing.T) {
+	seed := disktest.Seed(t)
+	for h := range 3 * disktest.Scale(t) {
+		if err := rottenHistory(seed, h); err != nil {
+			t.Fatalf("history %d of seed %d: %v", h, seed, err)
+		}
+	}
+}
+
+func rottenHistory(seed uint64, h int) error {
+	r := &crashRun{}
+	r.begin(seed, h)
+	// More than a segment from one checkpoint to the next, so that what is free is
+	// used again at once.
+	r.opts.CheckpointBytes = SegmentSizeMin * 5 / 4
+	if err := Format(r.disk, r.geo); err != nil {
+		return err
+	}
+	s, err := Open(r.disk, r.opts)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	r.store = s
+	for i := range 600 {
+		commits := len(r.durable)
+		if err := r.step(); err != nil {
+			return fmt.Errorf("step %d: %w", i, err)
+		}
+		if len(r.durable) == commits {
+			continue
+		}
+		d := r.disk.Crash(disktest.LoseAll)
+		sb, other, err := readSuperblocks(d, s.opts.Warn)
+		if err != nil {
+			return err
+		}
+		if other == nil { // one is being written
+			continue
+		}
+		d.Corrupt(int64(sb.sequence%2)*superblockStride, superblockSize)
+		o, _, err := r.verify(d, r.disk.Ops())
+		if err != nil {
+			return fmt.Errorf("step %d, checkpoint %d has rotted: %w", i, sb.sequence, err)
+		}
+		if err := o.Close(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // TestReopen alternates histories and openings, clean and not.
 func TestReopen(t *testing.T) {
 	seed := disktest.Seed(t)
-	r := &crashRun{t: t, rng: rand.New(rand.NewPCG(seed, 1)), geo: testGeometry(200, 64)}
+	r := &crashRun{rng: rand.New(rand.NewPCG(seed, 1)), geo: testGeometry(200, 64)}
 	r.disk = disktest.New(seed, disktest.Options{})
 	if err := Format(r.disk, r.geo); err != nil {
 		t.Fatal(err)

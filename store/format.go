@@ -11,6 +11,7 @@ import (
 
 	"cnbd/extents"
 	"cnbd/internal/block"
+	"cnbd/internal/mutant"
 )
 
 // The format of a store, version 1. docs/format.md describes it for people;
@@ -359,8 +360,10 @@ func identitySeed(store uuid.UUID, number uint32, life, serial uint64) uint32 {
 	le.PutUint32(b[0:], Version)
 	le.PutUint32(b[4:], number)
 	copy(b[8:], store[:])
-	le.PutUint64(b[24:], life)
-	le.PutUint64(b[32:], serial)
+	if !mutant.Is(mutant.StaleLife) {
+		le.PutUint64(b[24:], life)
+		le.PutUint64(b[32:], serial)
+	}
 	return crc32.Checksum(b[:], castagnoli)
 }
 

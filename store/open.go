@@ -12,6 +12,7 @@ import (
 
 	"cnbd/extents"
 	"cnbd/internal/disk"
+	"cnbd/internal/mutant"
 )
 
 // Format makes an empty store in f, which has nothing in it that matters. A new
@@ -123,13 +124,15 @@ func (s *Store) open() error {
 	s.progress.cond = sync.NewCond(&s.progress.Mutex)
 	// Rule R5: what a client could read before a crash may be in the host's page
 	// cache only, and what is in the cache may never have reached the medium.
-	if !s.opts.ReadOnly {
+	if !s.opts.ReadOnly && !mutant.Is(mutant.OpenWithoutSync) {
 		if err := s.file.Sync(); err != nil {
 			return fmt.Errorf("store: sync before recovery: %w", err)
 		}
 	}
-	if err := s.file.DropCache(); err != nil {
-		return fmt.Errorf("store: drop cached pages before recovery: %w", err)
+	if !mutant.Is(mutant.OpenFromCache) {
+		if err := s.file.DropCache(); err != nil {
+			return fmt.Errorf("store: drop cached pages before recovery: %w", err)
+		}
 	}
 	sb, other, err := readSuperblocks(s.file, s.opts.Warn)
 	if err != nil {
@@ -333,8 +336,10 @@ func (s *Store) beginLife(end logEnd) error {
 	if _, err := s.file.WriteAt(b[:], s.segments.base(head.number)); err != nil {
 		return fmt.Errorf("store: write header of segment %d: %w", head.number, err)
 	}
-	if err := s.file.Sync(); err != nil {
-		return fmt.Errorf("store: sync: %w", err)
+	if !mutant.Is(mutant.OpenWithoutSync) {
+		if err := s.file.Sync(); err != nil {
+			return fmt.Errorf("store: sync: %w", err)
+		}
 	}
 	// Room for commits, checkpoints and trims, which do not reserve (promise P4).
 	if err := s.segments.ensure(s.file, reserveSegments); err != nil {

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"cnbd/internal/disk"
+	"cnbd/internal/mutant"
 )
 
 const (
@@ -222,7 +223,7 @@ func (t *segments) release(sequence uint64) (freed []uint32) {
 	}
 	for n := range t.table {
 		s := &t.table[n]
-		if s.state == segmentUsed && s.emptyAt != 0 && s.emptyAt < sequence && s.emptyAt <= oldest {
+		if s.state == segmentUsed && s.emptyAt != 0 && (s.emptyAt < sequence || mutant.Is(mutant.ReuseBehindOne)) && s.emptyAt <= oldest {
 			// Of one that was used before this process began nobody knows how much
 			// of it the host has given: the space cannot be promised, but is to go.
 			*s = segment{allocated: s.allocated, remains: !s.allocated}

@@ -52,6 +52,7 @@ import (
 	"cnbd/internal/block"
 	"cnbd/internal/disk"
 	"cnbd/internal/invariants"
+	"cnbd/internal/mutant"
 )
 
 var (
@@ -381,7 +382,7 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 // failed.
 func (s *Store) Sync(c Commit) error {
 	err := s.log.waitWritten(c.buffers)
-	if err == nil {
+	if err == nil && !mutant.Is(mutant.CommitWithoutSync) {
 		err = s.sync()
 	}
 	if err != nil {
@@ -564,7 +565,7 @@ func (s *Store) readBlob(dst []byte, ref blobRef) error {
 		return fmt.Errorf("store: read %d bytes at %d of segment %d: %w", ref.length, ref.offset, ref.segment, err)
 	}
 	clear(dst[n:ref.length])
-	if sum := crc32.Update(s.segments.seed(ref.segment), castagnoli, dst[:ref.length]); sum != ref.checksum {
+	if sum := crc32.Update(s.segments.seed(ref.segment), castagnoli, dst[:ref.length]); sum != ref.checksum && !mutant.Is(mutant.BlobUnverified) {
 		s.metrics.corrupt.Add(1)
 		return fmt.Errorf("store: %d bytes at %d of segment %d (file offset %d): checksum %08x, want %08x: %w",
 			ref.length, ref.offset, ref.segment, off, sum, ref.checksum, ErrCorrupt)
@@ -579,6 +580,10 @@ func (s *Store) readBlob(dst []byte, ref blobRef) error {
 func (s *Store) Reserve(n block.Count) error {
 	if err := s.writable(); err != nil {
 		return err
+	}
+	if mutant.Is(mutant.DropReservation) {
+		s.reserved.Add(int64(n))
+		return nil
 	}
 	if err := s.waitOverlay(); err != nil {
 		return err
