@@ -39,6 +39,15 @@ type Backend interface {
 	// read as is the backend's choice. With fua its effect is durable on return.
 	Trim(ctx context.Context, off, n uint64, fua bool) error
 
+	// BlockStatus tells what of the n bytes at off is allocated: it calls visit
+	// for runs, in order from off on and without a gap. It ends when visit
+	// returns false; it may end sooner, but after one run at least.
+	BlockStatus(ctx context.Context, off, n uint64, visit func(n uint64, s BlockState) bool) error
+
+	// Cache tells that the n bytes at off will be read soon. A backend that
+	// knows nothing better returns nil.
+	Cache(ctx context.Context, off, n uint64) error
+
 	// Flush makes durable what every call that returned before Flush was
 	// called has changed, from whatever connection.
 	Flush(ctx context.Context) error
@@ -56,6 +65,9 @@ type ZeroFlags struct {
 type Payload interface {
 	// Segments are the bytes in order; their lengths add up to those asked for.
 	Segments() [][]byte
+	// Zero reports whether segment i is a hole, known to be zeroes, which then
+	// need not be sent. A backend may always say false.
+	Zero(i int) bool
 	// Release gives the memory back. The server calls it once, when the
 	// data has been sent or is no longer wanted.
 	Release()

@@ -24,6 +24,7 @@ type nullPage struct{ segs [][]byte }
 
 func (p *nullPage) Segments() [][]byte                 { return p.segs }
 func (p *nullPage) Release()                           {}
+func (p *nullPage) Zero(int) bool                      { return false }
 func (p *nullPage) Commit(context.Context, bool) error { return nil }
 func (p *nullPage) Abort()                             {}
 
@@ -47,6 +48,7 @@ func newNullDisk(size int) *nullDisk {
 }
 
 func (d *nullDisk) Flush(context.Context) error                      { return nil }
+func (d *nullDisk) Cache(context.Context, uint64, uint64) error      { return nil }
 func (d *nullDisk) Trim(context.Context, uint64, uint64, bool) error { return nil }
 func (d *nullDisk) WriteZeroes(context.Context, uint64, uint64, ZeroFlags) error {
 	return nil
@@ -64,7 +66,7 @@ type pipeline struct {
 func newPipeline(s *testServer, cmd Command, size int) *pipeline {
 	p := &pipeline{nc: s.rawGo().Conn, reply: make([]byte, simpleReplySize)}
 	p.nc.SetDeadline(aLongTimeAgo.AddDate(200, 0, 0))
-	p.request = header{cmd: cmd, n: uint32(size)}.appendTo(nil)
+	p.request = header{cmd: cmd, n: uint64(size)}.appendTo(nil)
 	if cmd == CmdRead {
 		p.reply = make([]byte, simpleReplySize+size)
 	} else if cmd == CmdWrite {

@@ -47,8 +47,8 @@ func (b *budget) init(bytes, payload uint64, conns int) {
 
 // charge is the memory that a payload of n bytes at off takes: a backend holds
 // whole blocks.
-func (b *budget) charge(off uint64, n uint32) uint64 {
-	bytes := off%blockPreferred + uint64(n) + blockPreferred - 1
+func (b *budget) charge(off, n uint64) uint64 {
+	bytes := off%blockPreferred + n + blockPreferred - 1
 	return min(bytes-bytes%blockPreferred, b.slot)
 }
 

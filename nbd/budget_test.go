@@ -45,7 +45,7 @@ func TestBudgetCharge(t *testing.T) {
 	b := &budget{slot: 1 << 20}
 	for _, tc := range []struct {
 		off  uint64
-		n    uint32
+		n    uint64
 		want uint64
 	}{
 		{0, 1, 4096}, {4095, 1, 4096}, {4095, 2, 8192}, {4096, 4096, 4096}, {1, 4096, 8192},

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"os"
 	"sync"
@@ -25,12 +26,15 @@ const clientPayloadMax = 32 << 20
 //
 // The context of a call ends its waiting; the request is not taken back, and a
 // write may yet happen. Sending is not ended by a context, only by Close.
-// Errors that the server answers are an [Errno], and EINVAL is that of a request
-// which does not fit the server's block size. Any other error means that the
-// connection is dead, and all later calls fail with it.
+// Errors that the server answers wrap an [Errno], and EINVAL is that of a request
+// which does not fit the server's block size, or which was not negotiated. Any
+// other error means that the connection is dead, and all later calls fail with it.
 type Client struct {
 	nc      net.Conn
 	br      *bufio.Reader // of the goroutine receive, after the handshake
+	mode    ReplyMode
+	context bool   // base:allocation was selected
+	id      uint32 // its number
 	size    uint64
 	flags   TransmissionFlags
 	lenMin  uint32        // what offsets and lengths are multiples of; a power of two
@@ -54,19 +58,39 @@ type Client struct {
 
 // A call is a request that waits for its answer.
 type call struct {
-	read []byte // where the data of a READ goes; nil: nowhere
-	n    int    // length of that data
-	err  error
-	done chan struct{} // capacity 1
+	header
+	read    []byte   // where the data of a READ goes; nil: nowhere
+	got     uint64   // bytes of it that have been told
+	extents []Extent // the answer to BLOCK_STATUS
+	told    bool     // it has come
+	err     error
+	gone    bool          // who has called does not wait for the end; guarded by mu
+	done    chan struct{} // capacity 1
+}
+
+// A Dialer has options for clients. The zero Dialer is the usual one.
+type Dialer struct {
+	// Replies is the newest form of messages that is asked for; the server may
+	// know older ones only. Default [ExtendedHeaders].
+	Replies ReplyMode
 }
 
 // Dial connects to the export that uri names, with TLS if it says so.
-func Dial(ctx context.Context, uri string) (*Client, error) {
+func Dial(ctx context.Context, uri string) (*Client, error) { return Dialer{}.Dial(ctx, uri) }
+
+// NewClient negotiates the export on nc, which it owns from now on; on an error
+// it is closed.
+func NewClient(ctx context.Context, nc net.Conn, export string) (*Client, error) {
+	return Dialer{}.NewClient(ctx, nc, export)
+}
+
+// Dial connects to the export that uri names, with TLS if it says so.
+func (d Dialer) Dial(ctx context.Context, uri string) (*Client, error) {
 	nc, u, config, err := dial(ctx, uri)
 	if err != nil {
 		return nil, err
 	}
-	return newClient(ctx, nc, u.Export, config)
+	return d.newClient(ctx, nc, u.Export, config)
 }
 
 // dial connects to the server of uri. The configuration is nil without TLS.
@@ -91,13 +115,14 @@ func dial(ctx context.Context, uri string) (nc net.Conn, u URI, config *tls.Conf
 
 // NewClient negotiates the export on nc, which it owns from now on; on an error
 // it is closed.
-func NewClient(ctx context.Context, nc net.Conn, export string) (*Client, error) {
-	return newClient(ctx, nc, export, nil)
+func (d Dialer) NewClient(ctx context.Context, nc net.Conn, export string) (*Client, error) {
+	return d.newClient(ctx, nc, export, nil)
 }
 
 // newClient is NewClient, with TLS unless config is nil.
-func newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config) (*Client, error) {
-	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
+func (d Dialer) newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config) (*Client, error) {
+	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), mode: d.Replies, lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
+	setDefault(&c.mode, ExtendedHeaders)
 	c.mu.calls = make(map[uint64]*call)
 	c.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	if err := withContext(ctx, nc, func() error { return c.negotiate(export, config) }); err != nil {
@@ -162,7 +187,12 @@ func (c *Client) negotiate(export string, config *tls.Config) error {
 	if err != nil {
 		return err
 	}
-	if flags&flagFixedNewstyle != 0 {
+	if flags&flagFixedNewstyle == 0 {
+		c.mode = SimpleReplies
+	} else {
+		if err := c.upgrade(export); err != nil {
+			return err
+		}
 		found := false
 		err := c.ask(optGo, appendInfoQuery(nil, export, infoBlockSize), func(r optReply, data []byte) error {
 			if r != repInfo || len(data) < 2 {
@@ -185,7 +215,7 @@ func (c *Client) negotiate(export string, config *tls.Config) error {
 		if err == nil && !found {
 			return errors.New("server told nothing about it")
 		}
-		if err == nil || !errors.Is(err, errOption(repErrUnsup)) {
+		if err == nil || !errors.Is(err, errOption(repErrUnsup)) || c.mode >= ExtendedHeaders {
 			return err
 		}
 	}
@@ -203,6 +233,42 @@ func (c *Client) negotiate(export string, config *tls.Config) error {
 	c.size = binary.BigEndian.Uint64(b)
 	c.flags = TransmissionFlags(binary.BigEndian.Uint16(b[8:]))
 	return nil
+}
+
+// upgrade asks for the newest form of messages that both sides know, and for the
+// metadata context that needs it.
+func (c *Client) upgrade(export string) error {
+	refused := func(err error) bool {
+		_, ok := errors.AsType[errOption](err)
+		return ok
+	}
+	none := func(optReply, []byte) error { return nil }
+	for ; c.mode > SimpleReplies; c.mode-- {
+		opt := optStructured
+		if c.mode == ExtendedHeaders {
+			opt = optExtended
+		}
+		err := c.ask(opt, nil, none)
+		if err == nil {
+			break
+		}
+		if !refused(err) {
+			return err
+		}
+	}
+	if c.mode == SimpleReplies {
+		return nil
+	}
+	err := c.ask(optSetMeta, appendMetaQuery(nil, export, contextAllocation), func(r optReply, data []byte) error {
+		if r == repMeta && len(data) > 4 && string(data[4:]) == contextAllocation {
+			c.context, c.id = true, binary.BigEndian.Uint32(data)
+		}
+		return nil
+	})
+	if refused(err) {
+		c.context, err = false, nil // GO will tell what is wrong, or nothing is
+	}
+	return err
 }
 
 // greet exchanges the greetings, begins with TLS unless config is nil, and returns
@@ -295,11 +361,17 @@ func (c *Client) Size() uint64 { return c.size }
 // Flags tell what the export can do.
 func (c *Client) Flags() TransmissionFlags { return c.flags }
 
+// Replies is the form of messages that was agreed on.
+func (c *Client) Replies() ReplyMode { return c.mode }
+
+// CanBlockStatus tells whether BlockStatus can be asked for.
+func (c *Client) CanBlockStatus() bool { return c.context }
+
 // ReadAt fills p, borrowed, with the bytes at off.
 func (c *Client) ReadAt(ctx context.Context, p []byte, off uint64) error {
 	for {
 		n := min(len(p), int(c.lenMax))
-		if err := c.do(ctx, header{cmd: CmdRead, off: off, n: uint32(n)}, nil, p[:n]); err != nil {
+		if err := c.do(ctx, header{cmd: CmdRead, off: off, n: uint64(n)}, nil, p[:n]); err != nil {
 			return err
 		}
 		if p, off = p[n:], off+uint64(n); len(p) == 0 {
@@ -312,7 +384,7 @@ func (c *Client) ReadAt(ctx context.Context, p []byte, off uint64) error {
 func (c *Client) WriteAt(ctx context.Context, p []byte, off uint64, fua bool) error {
 	for {
 		n := min(len(p), int(c.lenMax))
-		h := header{cmd: CmdWrite, flags: fuaFlag(fua), off: off, n: uint32(n)}
+		h := header{cmd: CmdWrite, flags: fuaFlag(fua), off: off, n: uint64(n)}
 		if err := c.do(ctx, h, p[:n], nil); err != nil {
 			return err
 		}
@@ -332,6 +404,34 @@ func (c *Client) Trim(ctx context.Context, off, n uint64, fua bool) error {
 	return c.ranged(ctx, header{cmd: CmdTrim, flags: fuaFlag(fua), off: off}, n)
 }
 
+// Cache tells that the n bytes at off will be read soon.
+func (c *Client) Cache(ctx context.Context, off, n uint64) error {
+	return c.ranged(ctx, header{cmd: CmdCache, off: off}, n)
+}
+
+// BlockStatus tells what of the n bytes at off is allocated: runs from off on, as
+// many as the server tells at once, and with one just the first. There is one at
+// least; the last may end beyond what was asked for. n > 0.
+func (c *Client) BlockStatus(ctx context.Context, off, n uint64, one bool) ([]Extent, error) {
+	if !c.context {
+		return nil, fmt.Errorf("%w: block status was not negotiated", EINVAL)
+	}
+	h := header{cmd: CmdBlockStatus, off: off, n: n}
+	if c.mode < ExtendedHeaders {
+		h.n = min(n, math.MaxUint32&^uint64(c.lenMin-1))
+	}
+	if one {
+		h.flags = cmdFlagReqOne
+	}
+	k, err := c.call(ctx, h, nil, nil)
+	if err != nil {
+		return nil, err
+	}
+	extents := k.extents
+	c.recycle(k)
+	return extents, nil
+}
+
 // WriteZeroes makes the n bytes at off zero.
 func (c *Client) WriteZeroes(ctx context.Context, off, n uint64, f ZeroFlags) error {
 	flags := fuaFlag(f.FUA)
@@ -347,10 +447,13 @@ func (c *Client) WriteZeroes(ctx context.Context, off, n uint64, f ZeroFlags) er
 // ranged does h, which has no payload, for n bytes, in pieces that fit a header
 // and keep the alignment.
 func (c *Client) ranged(ctx context.Context, h header, n uint64) error {
-	const pieceMax = 1 << 31
+	pieceMax := uint64(1 << 31)
+	if c.mode >= ExtendedHeaders {
+		pieceMax = 1 << 63
+	}
 	for {
 		m := min(n, pieceMax)
-		h.n = uint32(m)
+		h.n = m
 		if err := c.do(ctx, h, nil, nil); err != nil {
 			return err
 		}
@@ -370,14 +473,24 @@ func fuaFlag(fua bool) uint16 {
 // do sends one request with the payload out and waits for its answer, whose data
 // goes to in.
 func (c *Client) do(ctx context.Context, h header, out, in []byte) error {
-	if err := ctx.Err(); err != nil {
-		return err
+	k, err := c.call(ctx, h, out, in)
+	if k != nil {
+		c.recycle(k)
 	}
-	if (h.off|uint64(h.n))&uint64(c.lenMin-1) != 0 {
-		return EINVAL // as the server would say, or worse: it told its block size
+	return err
+}
+
+// call is do, and returns the answered call for the caller to recycle: nil if it
+// has not been answered, or with an error.
+func (c *Client) call(ctx context.Context, h header, out, in []byte) (*call, error) {
+	if err := ctx.Err(); err != nil {
+		return nil, err
+	}
+	if (h.off|h.n)&uint64(c.lenMin-1) != 0 {
+		return nil, EINVAL // as the server would say, or worse: it told its block size
 	}
 	k := c.pool.Get().(*call)
-	k.read, k.n, k.err = in, len(in), nil
+	*k = call{read: in, done: k.done}
 
 	c.send.Lock()
 	c.mu.Lock()
@@ -387,10 +500,11 @@ func (c *Client) do(ctx context.Context, h header, out, in []byte) error {
 		if err == nil {
 			err = ErrClientClosed
 		}
-		return err
+		return nil, err
 	}
 	c.mu.cookie++
 	h.cookie = c.mu.cookie
+	k.header = h
 	c.mu.calls[h.cookie] = k
 	c.mu.Unlock()
 	err := c.write(h, out)
@@ -407,21 +521,44 @@ func (c *Client) do(ctx context.Context, h header, out, in []byte) error {
 		if waiting {
 			k.read = nil // the answer comes, later, to nobody
 		}
+		k.gone = true
 		c.mu.Unlock()
 		if waiting {
-			return ctx.Err()
+			return nil, ctx.Err()
 		}
-		<-k.done // in is being filled
+		if <-k.done; k.err == errGone { // in was being filled
+			err = ctx.Err()
+			c.recycle(k)
+			return nil, err
+		}
 	}
-	err = k.err
-	k.read = nil
+	if k.err != nil {
+		err = k.err
+		c.recycle(k)
+		return nil, err
+	}
+	return k, nil
+}
+
+// errGone ends a call of which a part of the answer has still to come.
+var errGone = errors.New("nbd: nobody waits")
+
+// recycle keeps k for another call.
+func (c *Client) recycle(k *call) {
+	k.read, k.extents, k.err = nil, nil, nil
 	c.pool.Put(k)
-	return err
 }
 
 // write writes a request. REQUIRES: c.send held.
 func (c *Client) write(h header, out []byte) error {
-	c.send.hdr = h.appendTo(c.send.hdr[:0])
+	if c.mode >= ExtendedHeaders {
+		if h.cmd == CmdWrite {
+			h.flags |= cmdFlagPayloadLen
+		}
+		c.send.hdr = h.appendExtended(c.send.hdr[:0])
+	} else {
+		c.send.hdr = h.appendTo(c.send.hdr[:0])
+	}
 	if len(out) == 0 {
 		_, err := c.nc.Write(c.send.hdr)
 		return err
@@ -437,46 +574,237 @@ func (c *Client) write(h header, out []byte) error {
 // receive takes the answers until the connection is dead.
 func (c *Client) receive() {
 	defer close(c.stopped)
-	var b [simpleReplySize]byte
 	for {
-		if _, err := io.ReadFull(c.br, b[:]); err != nil {
-			c.fail(err)
-			return
-		}
-		errno, cookie, ok := decodeSimpleReply(b[:])
-		c.mu.Lock()
-		k := c.mu.calls[cookie]
-		delete(c.mu.calls, cookie)
-		c.mu.Unlock()
-		if !ok || k == nil {
-			err := errBadMagic
-			if ok {
-				err = fmt.Errorf("nbd: answer to no request (cookie %d)", cookie)
-			}
-			c.fail(err)
+		k, done, err := c.answer()
+		if err != nil {
+			c.fail(err) // before k is answered, so that later calls have the same error
 			if k != nil {
-				k.err = err
+				k.err = unexpected(err)
 				k.done <- struct{}{}
 			}
 			return
 		}
-		var err error
-		if errno != 0 {
-			k.err = errno
-		} else if k.read == nil {
-			_, err = c.br.Discard(k.n)
-		} else {
-			_, err = io.ReadFull(c.br, k.read)
+		if done {
+			k.done <- struct{}{}
+			continue
 		}
-		if err != nil {
-			k.err = unexpected(err)
-			c.fail(k.err)
+		// More is to come.
+		c.mu.Lock()
+		err = c.mu.err
+		gone := k.gone
+		if err == nil {
+			rest := k
+			if gone {
+				rest = &call{header: k.header, got: k.got, told: k.told, done: make(chan struct{}, 1)}
+			}
+			c.mu.calls[k.cookie] = rest
 		}
-		k.done <- struct{}{}
+		c.mu.Unlock()
 		if err != nil {
+			k.err = err
+			k.done <- struct{}{}
 			return
 		}
+		if gone {
+			k.err = errGone
+			k.done <- struct{}{}
+		}
 	}
+}
+
+// answer takes one message of the server: a simple reply, or a chunk of a reply.
+// It returns the call that it belongs to, which is not in mu.calls any more, and
+// whether the reply is complete. An error is the connection's death.
+func (c *Client) answer() (k *call, done bool, err error) {
+	magic, err := c.br.Peek(4)
+	if err != nil {
+		return nil, false, err
+	}
+	if c.mode >= StructuredReplies && binary.BigEndian.Uint32(magic) != magicSimple {
+		return c.chunk()
+	}
+	var b [simpleReplySize]byte
+	if _, err := io.ReadFull(c.br, b[:]); err != nil {
+		return nil, false, err
+	}
+	errno, cookie, ok := decodeSimpleReply(b[:])
+	if !ok || c.mode >= ExtendedHeaders {
+		return nil, false, errBadMagic
+	}
+	if k, err = c.take(cookie); err != nil {
+		return nil, false, err
+	}
+	switch {
+	case errno != 0:
+		k.err = errno
+	case k.cmd == CmdRead && c.mode >= StructuredReplies && k.n > 0, k.cmd == CmdBlockStatus:
+		err = fmt.Errorf("nbd: simple reply to %v", k.cmd)
+	case k.cmd == CmdRead:
+		err = c.fill(k, 0, k.n)
+	}
+	return k, true, err
+}
+
+// take takes the call of cookie out of those that wait.
+func (c *Client) take(cookie uint64) (*call, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	k := c.mu.calls[cookie]
+	if k == nil {
+		return nil, fmt.Errorf("nbd: answer to no request (cookie %d)", cookie)
+	}
+	delete(c.mu.calls, cookie)
+	return k, nil
+}
+
+// fill receives n bytes of data that belong at from of what k reads.
+func (c *Client) fill(k *call, from, n uint64) (err error) {
+	if k.read == nil {
+		for ; n > 0 && err == nil; n -= min(n, 1<<30) {
+			_, err = c.br.Discard(int(min(n, 1<<30)))
+		}
+		return err
+	}
+	_, err = io.ReadFull(c.br, k.read[from:][:n])
+	return err
+}
+
+// chunk takes one chunk; see answer.
+func (c *Client) chunk() (k *call, done bool, err error) {
+	size := chunkSize
+	if c.mode >= ExtendedHeaders {
+		size = chunkExtSize
+	}
+	b, err := c.br.Peek(size)
+	if err != nil {
+		return nil, false, err
+	}
+	h, ok := decodeChunk(b, c.mode)
+	if !ok {
+		return nil, false, errBadMagic
+	}
+	c.br.Discard(size)
+	if k, err = c.take(h.cookie); err != nil {
+		return nil, false, err
+	}
+	if c.mode >= ExtendedHeaders && h.off != k.off {
+		return k, false, fmt.Errorf("nbd: chunk of a request at %d, which was at %d", h.off, k.off)
+	}
+	done = h.flags&chunkFlagDone != 0
+	if err := c.content(k, h); err != nil {
+		return k, false, err
+	}
+	if done && k.err == nil && (k.cmd == CmdRead && k.got != k.n || k.cmd == CmdBlockStatus && !k.told) {
+		return k, false, fmt.Errorf("nbd: success without an answer to %v", k.cmd)
+	}
+	return k, done, nil
+}
+
+// content takes what follows the header h of a chunk for k.
+func (c *Client) content(k *call, h chunk) error {
+	bad := func(what string) error {
+		return fmt.Errorf("nbd: malformed chunk of type %d and %d bytes in the reply to %v: %s", h.kind, h.n, k.cmd, what)
+	}
+	var buf [16]byte // for what precedes data, and for an extent
+	fixed := func(n int) ([]byte, error) {
+		b := buf[:n]
+		if h.n < uint64(n) {
+			return nil, bad("too short")
+		}
+		_, err := io.ReadFull(c.br, b)
+		return b, unexpected(err)
+	}
+	be := binary.BigEndian
+	switch {
+	case h.kind == chunkNone:
+		if h.n != 0 || h.flags&chunkFlagDone == 0 {
+			return bad("not the last, or not empty")
+		}
+		return nil
+
+	case h.kind&chunkErr != 0:
+		b, err := fixed(6)
+		if err != nil {
+			return err
+		}
+		errno, text := Errno(be.Uint32(b)), int(be.Uint16(b[4:]))
+		if uint64(text) > h.n-6 || text > stringBytesMax || h.n > 6+stringBytesMax+64 || errno == 0 {
+			return bad("length of the message")
+		}
+		rest := make([]byte, h.n-6) // the message, and what types of errors have beside it
+		if _, err := io.ReadFull(c.br, rest); err != nil {
+			return unexpected(err)
+		}
+		if k.err == nil {
+			k.err = errno
+			if text > 0 {
+				k.err = fmt.Errorf("%w (%q)", errno, rest[:text])
+			}
+		}
+		return nil
+
+	case k.cmd == CmdRead && (h.kind == chunkData || h.kind == chunkHole):
+		least := 8
+		if h.kind == chunkHole {
+			least = 12
+		}
+		b, err := fixed(least)
+		if err != nil {
+			return err
+		}
+		off, n := be.Uint64(b), h.n-8
+		if h.kind == chunkHole {
+			n = uint64(be.Uint32(b[8:]))
+			if h.n != 12 {
+				return bad("length of a hole")
+			}
+		}
+		if n == 0 || off < k.off || off-k.off > k.n || n > k.n-(off-k.off) || n > k.n-k.got {
+			return bad("not within the request, or twice")
+		}
+		k.got += n
+		if h.kind == chunkData {
+			return unexpected(c.fill(k, off-k.off, n))
+		}
+		if k.read != nil {
+			clear(k.read[off-k.off:][:n])
+		}
+		return nil
+
+	case k.cmd == CmdBlockStatus && (h.kind == chunkStatus || h.kind == chunkStatusExt && c.mode >= ExtendedHeaders):
+		head, each := 4, 8
+		if h.kind == chunkStatusExt {
+			head, each = 8, 16
+		}
+		b, err := fixed(head)
+		if err != nil {
+			return err
+		}
+		count := (h.n - uint64(head)) / uint64(each)
+		if be.Uint32(b) != c.id || k.told || count == 0 || count > 1<<20 || h.n != uint64(head)+count*uint64(each) {
+			return bad("not one list of extents of the context")
+		}
+		if head == 8 && be.Uint32(b[4:]) != 0 && uint64(be.Uint32(b[4:])) != count {
+			return bad("number of extents")
+		}
+		k.told = true
+		for range count {
+			b := buf[:each]
+			if _, err := io.ReadFull(c.br, b); err != nil {
+				return unexpected(err)
+			}
+			x := Extent{uint64(be.Uint32(b)), BlockState(be.Uint32(b[4:]))}
+			if each == 16 {
+				x = Extent{be.Uint64(b), BlockState(be.Uint64(b[8:]))}
+			}
+			if x.Length == 0 {
+				return bad("an extent of nothing")
+			}
+			k.extents = append(k.extents, x)
+		}
+		return nil
+	}
+	return bad("unexpected")
 }
 
 // fail is the death of the connection: all who wait, and all later calls, get

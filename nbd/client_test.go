@@ -1,12 +1,14 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"encoding/binary"
 	"errors"
 	"io"
 	"net"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"syscall"
@@ -53,15 +55,21 @@ func TestClientCutsLongRequests(t *testing.T) {
 	if n := s.Metrics().Write.Requests; n != 8 {
 		t.Errorf("%d writes", n)
 	}
-	// TRIM is not bound to the payload's limit, only to 32 bits.
+	// TRIM is not bound to the payload's limit, only to 32 bits, and with extended
+	// headers not to them.
 	big := &hugeDisk{memDisk: newMemDisk(4096), trims: make(chan [2]uint64, 8)}
-	c = serveDisk(t, big).dial("")
-	if err := c.Trim(t.Context(), 4096, 5<<30, false); err != nil {
-		t.Fatal(err)
-	}
-	for _, want := range [][2]uint64{{4096, 2 << 30}, {4096 + 2<<30, 2 << 30}, {4096 + 4<<30, 1 << 30}} {
-		if got := <-big.trims; got != want {
-			t.Errorf("trim %v, want %v", got, want)
+	s = serveDisk(t, big)
+	for mode, want := range map[ReplyMode][][2]uint64{
+		SimpleReplies:   {{4096, 2 << 30}, {4096 + 2<<30, 2 << 30}, {4096 + 4<<30, 1 << 30}},
+		ExtendedHeaders: {{4096, 5 << 30}},
+	} {
+		if err := s.dialMode("", mode).Trim(t.Context(), 4096, 5<<30, false); err != nil {
+			t.Fatal(err)
+		}
+		for _, want := range want {
+			if got := <-big.trims; got != want {
+				t.Errorf("%v: trim %v, want %v", mode, got, want)
+			}
 		}
 	}
 }
@@ -164,6 +172,30 @@ func scriptServer(t *testing.T, out ...[]byte) (nc net.Conn) {
 	return a
 }
 
+// replyServer is a server that says handshake, and, when it has been sent a
+// request, reply, and then closes.
+func replyServer(t *testing.T, handshake, reply []byte) (nc net.Conn) {
+	a, b := net.Pipe()
+	var group sync.WaitGroup
+	group.Go(func() { b.Write(handshake) })
+	group.Go(func() {
+		defer b.Close()
+		buf := make([]byte, 1000) // a message of the client is one Write
+		for {
+			n, err := b.Read(buf)
+			if err != nil {
+				return
+			}
+			if m := binary.BigEndian.Uint32(buf); n >= requestSize && (m == magicRequest || m == magicRequestExt) {
+				b.Write(reply)
+				return
+			}
+		}
+	})
+	t.Cleanup(func() { a.Close(); b.Close(); group.Wait() })
+	return a
+}
+
 func greeting(flags uint16) []byte {
 	return binary.BigEndian.AppendUint16([]byte("NBDMAGICIHAVEOPT"), flags)
 }
@@ -175,9 +207,17 @@ func export(size uint64, flags TransmissionFlags, zeroes int) []byte {
 }
 
 func TestClientOfOldServers(t *testing.T) {
+	unsup := func(opts ...option) (b []byte) {
+		for _, opt := range opts {
+			b = appendOptReply(b, opt, repErrUnsup, []byte("what?"))
+		}
+		return b
+	}
 	for name, out := range map[string][][]byte{
-		"without GO":         {greeting(3), appendOptReply(nil, optGo, repErrUnsup, nil), export(4096, FlagHasFlags, 0)},
-		"without NO_ZEROES":  {greeting(1), appendOptReply(nil, optGo, repErrUnsup, []byte("what?")), export(4096, FlagHasFlags, 124)},
+		"without GO":        {greeting(3), unsup(optExtended, optStructured, optGo), export(4096, FlagHasFlags, 0)},
+		"without NO_ZEROES": {greeting(1), unsup(optExtended, optStructured, optGo), export(4096, FlagHasFlags, 124)},
+		"structured, no GO": {greeting(3), unsup(optExtended), appendOptReply(nil, optStructured, repAck, nil),
+			unsup(optSetMeta, optGo), export(4096, FlagHasFlags, 0)},
 		"not fixed":          {greeting(0), export(4096, FlagHasFlags, 124)},
 		"not fixed, zeroing": {greeting(2), export(4096, FlagHasFlags, 0)},
 	} {
@@ -186,19 +226,18 @@ func TestClientOfOldServers(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 			continue
 		}
-		if c.Size() != 4096 || c.Flags() != FlagHasFlags {
-			t.Errorf("%s: size %d, flags %#x", name, c.Size(), c.Flags())
+		if c.Size() != 4096 || c.Flags() != FlagHasFlags || c.CanBlockStatus() || (c.Replies() == SimpleReplies) != (name != "structured, no GO") {
+			t.Errorf("%s: size %d, flags %#x, %v", name, c.Size(), c.Flags(), c.Replies())
+		}
+		if _, err := c.BlockStatus(t.Context(), 0, 1, false); !errors.Is(err, EINVAL) {
+			t.Errorf("%s: block status: %v", name, err)
 		}
 		c.Close()
 	}
 }
 
 func TestClientOfBrokenServers(t *testing.T) {
-	reply := func(e Errno, cookie uint64) []byte {
-		var b [simpleReplySize]byte
-		putSimpleReply(&b, e, cookie)
-		return b[:]
-	}
+	reply := func(e Errno, cookie uint64) []byte { return appendSimpleReply(nil, e, cookie) }
 	old := append(greeting(0), export(4096, FlagHasFlags, 124)...)
 	for _, tc := range []struct {
 		name string
@@ -215,7 +254,7 @@ func TestClientOfBrokenServers(t *testing.T) {
 		{"refusal", append(old, reply(ENOSPC, 1)...), "ENOSPC"},
 	} {
 		ctx := t.Context()
-		c, err := NewClient(ctx, scriptServer(t, tc.out), "")
+		c, err := Dialer{Replies: SimpleReplies}.NewClient(ctx, scriptServer(t, tc.out), "")
 		if err == nil {
 			err = c.ReadAt(ctx, make([]byte, 100), 0)
 			c.Close()
@@ -233,6 +272,96 @@ func TestClientOfBrokenServers(t *testing.T) {
 	}
 }
 
+// What a server can do wrong, or right, in a reply of chunks, to a request at 4096
+// of 100 bytes.
+func TestClientOfBrokenChunks(t *testing.T) {
+	be := binary.BigEndian
+	for _, m := range []ReplyMode{StructuredReplies, ExtendedHeaders} {
+		put := func(flags uint16, kind chunkType, body ...byte) []byte {
+			return append(chunk{flags: flags, kind: kind, cookie: 1, off: 4096, n: uint64(len(body))}.appendTo(nil, m), body...)
+		}
+		data := func(off uint64, n int) []byte { return append(be.AppendUint64(nil, off), make([]byte, n)...) }
+		hole := func(off uint64, n uint32) []byte { return be.AppendUint32(be.AppendUint64(nil, off), n) }
+		failure := func(e Errno, text string, n int) []byte {
+			return append(be.AppendUint16(be.AppendUint32(nil, uint32(e)), uint16(n)), text...)
+		}
+		const done = chunkFlagDone
+		wrongOffset := chunk{flags: done, kind: chunkNone, cookie: 1, off: 1}.appendTo(nil, ExtendedHeaders)
+		for _, tc := range []struct {
+			name   string
+			status bool // of a BLOCK_STATUS, else of a READ
+			out    []byte
+			want   string // in the error; empty for success
+		}{
+			{"in order", false, slices.Concat(put(0, chunkData, data(4096, 60)...), put(done, chunkHole, hole(4156, 40)...)), ""},
+			{"out of order", false, slices.Concat(put(0, chunkHole, hole(4156, 40)...), put(0, chunkData, data(4096, 60)...), put(done, chunkNone)), ""},
+			{"an error with a text", false, put(done, chunkError, failure(EIO, "broken", 6)...), "EIO (\"broken\")"},
+			{"an error with an offset", false, put(done, chunkErrorOffset, append(failure(EIO, "", 0), data(4100, 0)...)...), "EIO"},
+			{"an error of unknown type", false, put(done, chunkErr|77, failure(EPERM, "x", 1)...), "EPERM"},
+			{"data and then an error", false, slices.Concat(put(0, chunkData, data(4096, 100)...), put(done, chunkError, failure(EIO, "", 0)...)), "EIO"},
+			{"an error that is none", false, put(done, chunkError, failure(0, "", 0)...), "malformed"},
+			{"a text longer than its chunk", false, put(done, chunkError, failure(EIO, "x", 2)...), "malformed"},
+			{"too little", false, put(done, chunkData, data(4096, 99)...), "without an answer"},
+			{"nothing", false, put(done, chunkNone), "without an answer"},
+			{"too much", false, put(done, chunkData, data(4096, 101)...), "malformed"},
+			{"before the range", false, put(done, chunkData, data(4095, 10)...), "malformed"},
+			{"a hole beyond the range", false, put(done, chunkHole, hole(4096, 101)...), "malformed"},
+			{"a hole of nothing", false, put(done, chunkHole, hole(4096, 0)...), "malformed"},
+			{"a hole of the wrong length", false, put(done, chunkHole, append(hole(4096, 100), 0)...), "malformed"},
+			{"the same twice", false, slices.Concat(put(0, chunkData, data(4096, 100)...), put(done, chunkData, data(4096, 1)...)), "malformed"},
+			{"data without an offset", false, put(done, chunkData, 1, 2, 3), "malformed"},
+			{"an end that is not the last", false, put(0, chunkNone), "malformed"},
+			{"an unknown type", false, put(done, 77), "malformed"},
+			{"a status of a READ", false, put(done, chunkStatus, make([]byte, 12)...), "malformed"},
+			{"to no request", false, chunk{kind: chunkNone, cookie: 99, off: 4096}.appendTo(nil, m), "no request"},
+			{"wrong magic", false, make([]byte, chunkExtSize), "magic"},
+			{"cut off", false, put(done, chunkData, data(4096, 100)...)[:50], "EOF"},
+			{"another offset than the request's", false, wrongOffset, map[ReplyMode]string{StructuredReplies: "magic", ExtendedHeaders: "which was at"}[m]},
+			{"a simple reply to READ", false, appendSimpleReply(nil, 0, 1), map[ReplyMode]string{StructuredReplies: "simple reply", ExtendedHeaders: "magic"}[m]},
+
+			{"extents", true, put(done, chunkStatus, be.AppendUint64(be.AppendUint32(nil, 5), 100<<32|3)...), ""},
+			{"of another context", true, put(done, chunkStatus, be.AppendUint64(be.AppendUint32(nil, 4), 100<<32|3)...), "malformed"},
+			{"an extent of nothing", true, put(done, chunkStatus, be.AppendUint64(be.AppendUint32(nil, 5), 3)...), "nothing"},
+			{"no extents", true, put(done, chunkStatus, be.AppendUint32(nil, 5)...), "malformed"},
+			{"half an extent", true, put(done, chunkStatus, be.AppendUint64(nil, 5<<32)...), "malformed"},
+			{"extents twice", true, slices.Concat(put(0, chunkStatus, be.AppendUint64(be.AppendUint32(nil, 5), 100<<32)...),
+				put(done, chunkStatus, be.AppendUint64(be.AppendUint32(nil, 5), 100<<32)...)), "malformed"},
+			{"no status", true, put(done, chunkNone), "without an answer"},
+			{"data of a BLOCK_STATUS", true, put(done, chunkData, data(4096, 100)...), "malformed"},
+			{"a simple reply to BLOCK_STATUS", true, appendSimpleReply(nil, 0, 1), map[ReplyMode]string{StructuredReplies: "simple reply", ExtendedHeaders: "magic"}[m]},
+			{"long extents", true, put(done, chunkStatusExt, be.AppendUint64(be.AppendUint64(be.AppendUint64(nil, 5<<32|1), 1<<40), 3)...),
+				map[ReplyMode]string{StructuredReplies: "malformed"}[m]},
+			{"a wrong number of extents", true, put(done, chunkStatusExt, be.AppendUint64(be.AppendUint64(be.AppendUint64(nil, 5<<32|2), 1<<40), 3)...), "malformed"},
+		} {
+			out := greeting(3)
+			if m == StructuredReplies {
+				out = appendOptReply(out, optExtended, repErrUnsup, nil)
+				out = appendOptReply(out, optStructured, repAck, nil)
+			} else {
+				out = appendOptReply(out, optExtended, repAck, nil)
+			}
+			out = appendOptReply(out, optSetMeta, repMeta, append(be.AppendUint32(nil, 5), contextAllocation...))
+			out = appendOptReply(out, optSetMeta, repAck, nil)
+			out = appendOptReply(out, optGo, repInfo, append([]byte{0, 0}, export(1<<20, FlagHasFlags, 0)...))
+			out = appendOptReply(out, optGo, repAck, nil)
+			c, err := NewClient(t.Context(), replyServer(t, out, tc.out), "")
+			if err != nil {
+				t.Fatalf("%v, %s: %v", m, tc.name, err)
+			}
+			p := bytes.Repeat([]byte{1}, 100)
+			if tc.status {
+				_, err = c.BlockStatus(t.Context(), 4096, 100, false)
+			} else if err = c.ReadAt(t.Context(), p, 4096); err == nil && !isZero(p) {
+				t.Errorf("%v, %s: read %x", m, tc.name, p)
+			}
+			if tc.want == "" && err != nil || tc.want != "" && (err == nil || !strings.Contains(err.Error(), tc.want)) {
+				t.Errorf("%v, %s: %v, want something with %q", m, tc.name, err, tc.want)
+			}
+			c.Close()
+		}
+	}
+}
+
 // What a server tells of its block size is kept to, as the client asked for it.
 func TestClientKeepsToTheBlockSize(t *testing.T) {
 	dial := func(least, most uint32) (*Client, error) {
@@ -242,7 +371,7 @@ func TestClientKeepsToTheBlockSize(t *testing.T) {
 		for _, n := range []uint32{least, max(least, 4096), most} {
 			sizes = binary.BigEndian.AppendUint32(sizes, n)
 		}
-		return NewClient(t.Context(), scriptServer(t, greeting(3), appendOptReply(nil, optGo, repInfo, info),
+		return Dialer{Replies: SimpleReplies}.NewClient(t.Context(), scriptServer(t, greeting(3), appendOptReply(nil, optGo, repInfo, info),
 			appendOptReply(nil, optGo, repInfo, sizes), appendOptReply(nil, optGo, repAck, nil)), "")
 	}
 	c, err := dial(512, 10_000)

@@ -2,6 +2,7 @@ package nbd
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -28,7 +29,7 @@ const (
 	lingerMax = time.Second
 )
 
-var errWriteTooLong = errors.New("nbd: absurdly long write")
+var errPayloadTooLong = errors.New("nbd: absurdly long payload")
 
 // A conn is one connection of a [Server].
 type conn struct {
@@ -46,12 +47,14 @@ type conn struct {
 	answered uint64 // mu.answered when active was last called
 
 	// Set by the handshake, immutable from then on.
-	names    []string     // of the client, by its verified certificate
-	export   *Export      // a copy, whose Backend is opened
-	using    *namedExport // nil until the handshake has ended well
-	size     uint64
-	flags    TransmissionFlags
-	readOnly bool
+	agreed     agreement
+	names      []string     // of the client, by its verified certificate
+	export     *Export      // a copy, whose Backend is opened
+	using      *namedExport // nil until the handshake has ended well
+	allocation bool         // base:allocation was selected for it
+	size       uint64
+	flags      TransmissionFlags
+	readOnly   bool
 
 	work    chan *request // unbuffered: only an idle worker takes from it
 	workers sync.WaitGroup
@@ -69,7 +72,7 @@ type conn struct {
 
 	// Of the goroutine that is sending.
 	batch []*request
-	iov   net.Buffers
+	reply encoder
 }
 
 // A request is one request from admission until its reply has been sent.
@@ -79,17 +82,21 @@ type request struct {
 	slotted bool         // they are the budget's slot
 	write   PendingWrite // a WRITE whose payload is received, not yet ended
 	payload Payload      // the data of a READ, not yet released
+	extents []Extent     // the answer to a BLOCK_STATUS
 	errno   Errno
-	reply   [simpleReplySize]byte
+	why     string // of errno, for people; may be empty
 }
 
-// dataLen is the length of the data in the reply.
+// dataLen is about the length of what the reply has beside headers, in bytes.
 func (r *request) dataLen() uint64 {
 	if r.payload == nil {
-		return 0
+		return uint64(len(r.extents)) * extentBytes
 	}
-	return uint64(r.n)
+	return r.n
 }
+
+// refuse enters an error that the client has made.
+func (r *request) refuse(e Errno, why string) { r.errno, r.why = e, why }
 
 // fail is the death of the connection, if it is not dead yet. It may be called
 // from any goroutine.
@@ -174,24 +181,42 @@ func (c *conn) linger() {
 // transmit reads requests until the connection ends: with nil after DISC, with
 // errStopped, or with the reason of its death.
 func (c *conn) transmit() error {
+	size, decode := requestSize, decodeHeader
+	if c.agreed.mode >= ExtendedHeaders {
+		size, decode = requestExtSize, decodeExtended
+	}
 	for {
-		b, err := c.in.request()
+		b, err := c.in.request(size)
 		if err != nil {
 			return err
 		}
-		h, ok := decodeHeader(b)
+		h, ok := decode(b)
 		if !ok {
 			return errBadMagic
 		}
 		if h.cmd == CmdDisc {
 			return nil
 		}
+		payload, err := c.payloadOf(h)
+		if err != nil {
+			return err
+		}
+		other := false
+		if h.cmd == CmdBlockStatus && payload == contextQuerySize && c.flags&FlagStatusPayload != 0 {
+			if other, err = c.contextQuery(&h); err != nil {
+				return err
+			}
+			payload = 0
+		}
 		r, err := c.admit(h)
 		if err != nil {
 			return err
 		}
-		if h.cmd == CmdWrite && h.n > 0 {
-			if err := c.receive(r); err != nil {
+		if other && r.errno == 0 {
+			r.refuse(EINVAL, "no such metadata context")
+		}
+		if payload > 0 {
+			if err := c.receive(r, payload); err != nil {
 				return err
 			}
 		}
@@ -203,6 +228,39 @@ func (c *conn) transmit() error {
 		}
 		c.dispatch(r)
 	}
+}
+
+// payloadOf is the length of what follows h on the wire. The error is that of a
+// client that wants to send too much for it to be consumed.
+func (c *conn) payloadOf(h header) (uint64, error) {
+	if c.agreed.mode >= ExtendedHeaders {
+		if h.flags&cmdFlagPayloadLen == 0 {
+			return 0, nil
+		}
+		if h.n > uint64(c.s.opts.PayloadBytesMax) { // the document wants it cut off here
+			return 0, fmt.Errorf("%w: %d bytes", errPayloadTooLong, h.n)
+		}
+		return h.n, nil
+	}
+	if h.cmd != CmdWrite {
+		return 0, nil
+	}
+	if h.n > writeHangUpBytes {
+		return 0, fmt.Errorf("%w: %d bytes", errPayloadTooLong, h.n)
+	}
+	return h.n, nil
+}
+
+// contextQuery receives the payload of h, a BLOCK_STATUS, which has the length of
+// its range and the context that is asked for; other tells that it is not ours.
+func (c *conn) contextQuery(h *header) (other bool, err error) {
+	b, err := c.in.next(contextQuerySize)
+	if err != nil {
+		return false, err
+	}
+	h.n = binary.BigEndian.Uint64(b)
+	h.flags &^= cmdFlagPayloadLen
+	return binary.BigEndian.Uint32(b[8:]) != contextID, nil
 }
 
 // dispatch hands r, the request last admitted, to an idle worker, else to a new
@@ -232,36 +290,45 @@ func (c *conn) active() bool {
 	return c.mu.requests > 0 || c.answered != was
 }
 
-// check is the error of a request that can be told from its header: the client's
-// fault, which costs it this request and nothing else.
-func (c *conn) check(h header) Errno {
-	switch h.cmd {
-	case CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdWriteZeroes:
+// check enters the error of a request that can be told from its header: the
+// client's fault, which costs it this request and nothing else.
+func (c *conn) check(r *request) {
+	switch r.cmd {
+	case CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdCache, CmdWriteZeroes:
+	case CmdBlockStatus:
+		if !c.allocation {
+			r.refuse(EINVAL, "no metadata context was selected for this export")
+			return
+		}
 	default:
-		return EINVAL
+		r.refuse(EINVAL, "unknown command")
+		return
 	}
-	if h.flags&^cmdFlagsOf(h.cmd) != 0 {
-		return EINVAL
-	}
-	if h.cmd == CmdFlush {
-		if h.off != 0 || h.n != 0 {
-			return EINVAL // reserved, must be zero
+	transfer := r.cmd == CmdRead || r.cmd == CmdWrite
+	switch payloadMax := uint64(c.s.opts.PayloadBytesMax); {
+	case r.flags&^cmdFlagsOf(r.cmd, c.agreed.mode) != 0:
+		r.refuse(EINVAL, "flag that this command does not have")
+	case r.cmd == CmdWrite && c.agreed.mode >= ExtendedHeaders && r.flags&cmdFlagPayloadLen == 0:
+		r.refuse(EINVAL, "WRITE without the flag PAYLOAD_LEN")
+	case r.cmd == CmdFlush:
+		if r.off != 0 || r.n != 0 {
+			r.refuse(EINVAL, "FLUSH with a range") // reserved, must be zero
 		}
-		return 0
-	}
-	if c.readOnly && h.cmd != CmdRead {
-		return EPERM
-	}
-	if (h.cmd == CmdRead || h.cmd == CmdWrite) && h.n > c.s.opts.PayloadBytesMax {
-		return EINVAL
-	}
-	if h.off > c.size || uint64(h.n) > c.size-h.off {
-		if h.cmd == CmdWrite || h.cmd == CmdWriteZeroes {
-			return ENOSPC
+	case c.readOnly && (r.cmd == CmdWrite || r.cmd == CmdTrim || r.cmd == CmdWriteZeroes):
+		r.refuse(EPERM, "the export is read-only")
+	case transfer && r.n > payloadMax && r.flags&cmdFlagDF != 0:
+		r.refuse(EOVERFLOW, "too long for one chunk")
+	case transfer && r.n > payloadMax:
+		r.refuse(EINVAL, "longer than the largest payload")
+	case r.off > c.size || r.n > c.size-r.off:
+		if r.cmd == CmdWrite || r.cmd == CmdWriteZeroes {
+			r.refuse(ENOSPC, "beyond the end of the export")
+		} else {
+			r.refuse(EINVAL, "beyond the end of the export")
 		}
-		return EINVAL
+	case r.cmd == CmdBlockStatus && r.n == 0:
+		r.refuse(EINVAL, "BLOCK_STATUS of nothing") // the answer must have a run of one byte at least
 	}
-	return 0
 }
 
 // admit checks h and waits until there is room for it in flight. The error is
@@ -289,12 +356,16 @@ func (c *conn) admit(h header) (*request, error) {
 	m.Unlock()
 	c.s.counters.inFlight.Add(1)
 
-	*r = request{header: h, errno: c.check(h)}
+	*r = request{header: h}
+	c.check(r)
 	if r.errno == 0 && (h.n > 0 || h.cmd == CmdFlush) {
 		// The rest takes the memory of a worker, which is bounded in the same way.
 		r.bytes = blockPreferred
-		if h.cmd == CmdRead || h.cmd == CmdWrite {
+		switch {
+		case h.cmd == CmdRead || h.cmd == CmdWrite:
 			r.bytes = c.s.budget.charge(h.off, h.n)
+		case h.cmd == CmdBlockStatus && h.flags&cmdFlagReqOne == 0:
+			r.bytes = c.s.budget.charge(0, extentsMax*2*extentBytes) // in memory, and encoded
 		}
 		if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
 			r.errno = ESHUTDOWN
@@ -305,13 +376,13 @@ func (c *conn) admit(h header) (*request, error) {
 	return r, nil
 }
 
-// receive takes the payload of the WRITE r from the wire: into the backend's
-// memory, or to nowhere if r is refused. An error is the connection's death;
-// r is then finished.
-func (c *conn) receive(r *request) error {
+// receive takes the n bytes of payload of r from the wire: those of a WRITE into
+// the backend's memory, or to nowhere if r is refused. An error is the
+// connection's death; r is then finished.
+func (c *conn) receive(r *request, n uint64) error {
 	if r.errno == 0 {
-		w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, r.n)
-		if err == nil && segmentsLen(w.Segments()) != uint64(r.n) {
+		w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, uint32(r.n))
+		if err == nil && segmentsLen(w.Segments()) != r.n {
 			invariants.Assertf(false, "PrepareWrite(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(w.Segments()))
 			w.Abort()
 			err = fmt.Errorf("nbd: backend gave wrong memory for a write")
@@ -323,13 +394,10 @@ func (c *conn) receive(r *request) error {
 		}
 	}
 	var err error
-	switch {
-	case r.write != nil:
+	if r.write != nil {
 		err = c.in.segments(r.write.Segments())
-	case r.n > writeHangUpBytes:
-		err = errWriteTooLong
-	default:
-		err = c.in.discard(uint64(r.n))
+	} else {
+		err = c.in.discard(n)
 	}
 	if err != nil {
 		c.fail(err)
@@ -368,8 +436,8 @@ func (c *conn) execute(r *request) {
 	var err error
 	switch r.cmd {
 	case CmdRead:
-		r.payload, err = b.Read(c.ctx, r.off, r.n)
-		if err == nil && segmentsLen(r.payload.Segments()) != uint64(r.n) {
+		r.payload, err = b.Read(c.ctx, r.off, uint32(r.n))
+		if err == nil && segmentsLen(r.payload.Segments()) != r.n {
 			invariants.Assertf(false, "Read(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(r.payload.Segments()))
 			r.payload.Release()
 			err = fmt.Errorf("nbd: backend gave wrong data for a read")
@@ -383,17 +451,55 @@ func (c *conn) execute(r *request) {
 	case CmdFlush:
 		err = b.Flush(c.ctx)
 	case CmdTrim:
-		err = b.Trim(c.ctx, r.off, uint64(r.n), fua)
+		err = b.Trim(c.ctx, r.off, r.n, fua)
 	case CmdWriteZeroes:
-		err = b.WriteZeroes(c.ctx, r.off, uint64(r.n), ZeroFlags{
+		err = b.WriteZeroes(c.ctx, r.off, r.n, ZeroFlags{
 			FUA:      fua,
 			NoHole:   r.flags&cmdFlagNoHole != 0,
 			FastZero: r.flags&cmdFlagFastZero != 0,
 		})
+	case CmdCache:
+		err = b.Cache(c.ctx, r.off, r.n)
+	case CmdBlockStatus:
+		err = c.blockStatus(r)
 	}
 	if err != nil {
 		c.backendError(r, err)
 	}
+}
+
+// blockStatus asks the backend for the extents of r: as many as were asked for and
+// are told at once, and none of them beyond the range.
+func (c *conn) blockStatus(r *request) error {
+	most := extentsMax
+	if r.flags&cmdFlagReqOne != 0 {
+		most = 1
+	}
+	left := r.n
+	err := c.export.Backend.BlockStatus(c.ctx, r.off, r.n, func(n uint64, s BlockState) bool {
+		n = min(n, left)
+		last := len(r.extents) - 1
+		switch {
+		case n == 0:
+			return left > 0
+		case last >= 0 && r.extents[last].State == s:
+			r.extents[last].Length += n
+		case len(r.extents) == most:
+			return false
+		default:
+			r.extents = append(r.extents, Extent{n, s})
+		}
+		left -= n
+		return left > 0
+	})
+	if err == nil && len(r.extents) == 0 {
+		err = fmt.Errorf("nbd: backend told no block status")
+		invariants.Assertf(false, "BlockStatus(%d, %d) told nothing", r.off, r.n)
+	}
+	if err != nil {
+		r.extents = nil
+	}
+	return err
 }
 
 // backendError enters and logs the backend's answer to r.
@@ -454,36 +560,31 @@ func (c *conn) finish(r *request) {
 // connection it only does the latter; an error is the connection's death.
 func (c *conn) send(batch []*request) {
 	if c.ctx.Err() == nil {
-		iov := c.iov[:0]
 		for _, r := range batch {
-			putSimpleReply(&r.reply, r.errno, r.cookie)
-			iov = append(iov, r.reply[:])
-			if r.payload != nil {
-				iov = append(iov, r.payload.Segments()...)
-			}
+			c.reply.append(r, c.agreed.mode)
 		}
-		if err := c.write(iov); err != nil {
+		if err := c.write(); err != nil {
 			c.fail(err)
 		}
-		clear(iov)
-		c.iov = iov[:0]
+		c.reply.reset()
 	}
 	for _, r := range batch {
 		if r.payload != nil {
 			r.payload.Release()
 			r.payload = nil
 		}
+		r.extents = nil
 	}
 }
 
-func (c *conn) write(iov net.Buffers) error {
+// write sends what is encoded.
+func (c *conn) write() error {
 	if d := c.s.opts.StallTimeout; d > 0 {
 		if err := c.nc.SetWriteDeadline(time.Now().Add(d)); err != nil {
 			return err
 		}
 	}
-	c.iov = iov // writev consumes a variable, which must not be allocated each time
-	return c.nc.writev(&c.iov)
+	return c.reply.writeTo(&c.nc)
 }
 
 func segmentsLen(segs [][]byte) (n uint64) {

@@ -2,9 +2,11 @@
 // [Server] that serves any [Backend], and a small [Client].
 //
 // What is spoken is fixed newstyle with the options EXPORT_NAME, ABORT, LIST,
-// INFO and GO and the commands READ, WRITE, DISC, FLUSH, TRIM and WRITE_ZEROES
-// (FUA, NO_HOLE, FAST_ZERO), answered with simple replies. Everything else is
-// refused in a way that keeps the connection in sync.
+// INFO, GO, STRUCTURED_REPLY, EXTENDED_HEADERS, LIST_META_CONTEXT and
+// SET_META_CONTEXT (base:allocation), and the commands READ (DF), WRITE, DISC,
+// FLUSH, TRIM, CACHE, WRITE_ZEROES (NO_HOLE, FAST_ZERO) and BLOCK_STATUS
+// (REQ_ONE), with FUA. Everything else is refused in a way that keeps the
+// connection in sync. docs/nbd.md has a table of it.
 //
 // # A connection
 //

@@ -34,6 +34,8 @@ type memDisk struct {
 	onFlush   func(ctx context.Context) error
 	onZero    func(f ZeroFlags) error
 	onTrim    func(off, n uint64, fua bool) error
+	onCache   func(off, n uint64) error
+	onStatus  func(ctx context.Context) error
 
 	payloads, pendings atomic.Int64 // handed out, not yet given back
 	bytes, bytesMost   atomic.Int64 // their memory, and the most that it has ever been
@@ -100,6 +102,11 @@ func (d *memDisk) handOut(n int64) {
 }
 
 func (p *memPayload) Segments() [][]byte { return p.segs }
+
+// Zero takes every segment of zeroes for a hole.
+func (p *memPayload) Zero(i int) bool { return isZero(p.segs[i]) }
+
+func isZero(p []byte) bool { return len(bytes.TrimLeft(p, "\x00")) == 0 }
 
 func (p *memPayload) Release() {
 	if p.gone {
@@ -186,6 +193,34 @@ func (d *memDisk) Trim(_ context.Context, off, n uint64, fua bool) error {
 		}
 	}
 	d.change(off, make([]byte, n), fua)
+	return nil
+}
+
+// BlockStatus takes pages of zeroes for holes, a page at a time.
+func (d *memDisk) BlockStatus(ctx context.Context, off, n uint64, visit func(n uint64, s BlockState) bool) error {
+	if d.onStatus != nil {
+		if err := d.onStatus(ctx); err != nil {
+			return err
+		}
+	}
+	data, _ := d.contents()
+	for end, more := off+n, true; off < end && more; {
+		m := min(4096-off%4096, end-off)
+		page := data[off&^4095 : min(off&^4095+4096, uint64(len(data)))]
+		s := BlockState(0)
+		if isZero(page) {
+			s = StateHole | StateZero
+		}
+		more = visit(m, s)
+		off += m
+	}
+	return nil
+}
+
+func (d *memDisk) Cache(_ context.Context, off, n uint64) error {
+	if d.onCache != nil {
+		return d.onCache(off, n)
+	}
 	return nil
 }
 
@@ -297,7 +332,13 @@ func (s *testServer) uri(export string) string {
 // dial returns a client of export, which is closed at the end of the test.
 func (s *testServer) dial(export string) *Client {
 	s.t.Helper()
-	c, err := Dial(s.t.Context(), s.uri(export))
+	return s.dialMode(export, ExtendedHeaders)
+}
+
+// dialMode is dial for a client that knows no newer form of messages than m.
+func (s *testServer) dialMode(export string, m ReplyMode) *Client {
+	s.t.Helper()
+	c, err := Dialer{Replies: m}.Dial(s.t.Context(), s.uri(export))
 	if err != nil {
 		s.t.Fatal(err)
 	}
@@ -381,7 +422,7 @@ func (rc rawConn) get(n int) []byte {
 }
 
 // request sends a request without a payload.
-func (rc rawConn) request(cmd Command, cookie, off uint64, n uint32) {
+func (rc rawConn) request(cmd Command, cookie, off, n uint64) {
 	rc.t.Helper()
 	rc.put(header{cmd: cmd, cookie: cookie, off: off, n: n}.appendTo(nil))
 }

@@ -26,7 +26,7 @@ type Metrics struct {
 	BytesInFlight uint64 // what requests in flight count for, payload above all; over all connections
 	BytesMax      uint64 // the bound of BytesInFlight
 
-	Read, Write, Flush, Trim, WriteZeroes, Unknown CommandMetrics
+	Read, Write, Flush, Trim, Cache, WriteZeroes, BlockStatus, Unknown CommandMetrics
 
 	// Errors are the errors answered, by number.
 	Errors map[Errno]uint64
@@ -53,7 +53,7 @@ type counters struct {
 
 // The slots of counters; what is in no slot is counted in slot 0.
 var (
-	commandSlots = [...]Command{0xffff, CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdWriteZeroes}
+	commandSlots = [...]Command{0xffff, CmdRead, CmdWrite, CmdFlush, CmdTrim, CmdCache, CmdWriteZeroes, CmdBlockStatus}
 	errnoSlots   = [...]Errno{EIO, EPERM, ENOMEM, EINVAL, ENOSPC, EOVERFLOW, ENOTSUP, ESHUTDOWN}
 )
 
@@ -71,7 +71,7 @@ func (cs *counters) finished(r *request) {
 	cmd := &cs.commands[slot(commandSlots[:], r.cmd)]
 	cmd.requests.Add(1)
 	if r.errno == 0 {
-		cmd.bytes.Add(uint64(r.n))
+		cmd.bytes.Add(r.n)
 		return
 	}
 	cmd.errors.Add(1)
@@ -105,7 +105,7 @@ func (s *Server) Metrics() Metrics {
 		BytesMax:           s.opts.BytesMax,
 		Errors:             make(map[Errno]uint64),
 	}
-	for i, dst := range []*CommandMetrics{&m.Unknown, &m.Read, &m.Write, &m.Flush, &m.Trim, &m.WriteZeroes} {
+	for i, dst := range []*CommandMetrics{&m.Unknown, &m.Read, &m.Write, &m.Flush, &m.Trim, &m.Cache, &m.WriteZeroes, &m.BlockStatus} {
 		c := &cs.commands[i]
 		*dst = CommandMetrics{c.requests.Load(), c.errors.Load(), c.bytes.Load()}
 	}

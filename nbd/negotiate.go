@@ -33,7 +33,14 @@ var (
 	errNoExport       = errors.New("nbd: no such export")
 	errUnavailable    = errors.New("nbd: export is not available")
 	errExportFull     = errors.New("nbd: export has too many clients")
+	errExtendedName   = errors.New("nbd: EXPORT_NAME after EXTENDED_HEADERS")
 )
+
+// An agreement is what options have settled so far. STARTTLS is to forget all of it.
+type agreement struct {
+	mode ReplyMode
+	meta *namedExport // of which base:allocation was selected; nil: none
+}
 
 // negotiate runs the handshake on c, until c.export and c.flags are chosen. An
 // error ends the connection; errAborted and errStopped are its orderly ends.
@@ -76,6 +83,9 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 		return false, errNotFixed
 	}
 
+	if opt == optSetMeta {
+		c.agreed.meta = nil // whatever the answer
+	}
 	if n > optionBytesMax {
 		if n > optionDiscardMax || opt == optExportName {
 			return false, fmt.Errorf("%w: %d bytes", errOptionTooLong, n)
@@ -105,11 +115,18 @@ func (c *conn) option(clientFlags uint32) (done bool, err error) {
 		c.nc.Write(appendOptReply(nil, opt, repAck, nil)) // to a client that may be gone already
 		return false, errAborted
 	case optExportName:
+		if c.agreed.mode >= ExtendedHeaders {
+			return false, errExtendedName
+		}
 		return true, c.exportName(string(data), clientFlags&flagNoZeroes != 0)
 	case optList:
 		return false, c.list(data)
 	case optInfo, optGo:
 		return c.info(opt, data)
+	case optStructured, optExtended:
+		return false, c.upgrade(opt, data)
+	case optListMeta, optSetMeta:
+		return false, c.metaContext(opt, data)
 	default:
 		return false, c.refuse(opt, repErrUnsup, "")
 	}
@@ -194,6 +211,73 @@ func (c *conn) info(opt option, data []byte) (done bool, err error) {
 	return opt == optGo, err
 }
 
+// upgrade answers STRUCTURED_REPLY and EXTENDED_HEADERS.
+func (c *conn) upgrade(opt option, data []byte) error {
+	mode := StructuredReplies
+	if opt == optExtended {
+		mode = ExtendedHeaders
+	}
+	switch {
+	case len(data) != 0:
+		return c.refuse(opt, repErrInvalid, "this option takes no data")
+	case c.agreed.mode == mode:
+		return c.refuse(opt, repErrInvalid, "negotiated already")
+	case c.agreed.mode > mode:
+		return c.refuse(opt, repErrExtReqd, "extended headers were negotiated already")
+	}
+	c.agreed.mode = mode
+	_, err := c.nc.Write(appendOptReply(nil, opt, repAck, nil))
+	return err
+}
+
+// metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. There is one context;
+// queries for others find nothing, which is no error.
+func (c *conn) metaContext(opt option, data []byte) error {
+	if c.agreed.mode < StructuredReplies {
+		return c.refuse(opt, repErrInvalid, "structured replies were not negotiated")
+	}
+	q, ok := decodeMetaQuery(data)
+	if !ok {
+		return c.refuse(opt, repErrInvalid, "malformed query")
+	}
+	e, r, err := c.find(q.export)
+	if err != nil {
+		return c.refuse(opt, r, strings.TrimPrefix(err.Error(), "nbd: "))
+	}
+	var out []byte
+	var id uint32 // of a list it means nothing
+	found := q.allocation
+	if opt == optSetMeta {
+		id = contextID
+	} else {
+		found = found || q.base || q.queries == 0
+	}
+	if found {
+		b := binary.BigEndian.AppendUint32(nil, id)
+		out = appendOptReply(out, opt, repMeta, append(b, contextAllocation...))
+		if opt == optSetMeta {
+			c.agreed.meta = e
+		}
+	}
+	_, err = c.nc.Write(appendOptReply(out, opt, repAck, nil))
+	return err
+}
+
+// find is the export name, if the client may use it; else the error tells why it may
+// not, and r tells the client.
+func (c *conn) find(name string) (e *namedExport, r optReply, err error) {
+	e = c.s.exports[name]
+	switch {
+	case e == nil:
+		return nil, repErrUnknown, errNoExport
+	case c.admits(e.Export):
+		return e, 0, nil
+	case c.nc.tls == nil:
+		return nil, repErrTLSReqd, errExportTLS
+	}
+	return nil, repErrPolicy, errNotAllowed
+}
+
 // choose makes the export name that of the connection; after INFO a later option
 // may choose another. With enter the client is one of its users from then on, until
 // the connection ends. The error tells why it cannot be; r tells the client.
@@ -205,17 +289,14 @@ func (c *conn) choose(name string, enter bool) (r optReply, err error) {
 			c.s.log(Event{Kind: EventRefused, Conn: c.id, Remote: remoteOf(c.nc.Conn), Export: name[:min(len(name), 256)], Err: err})
 		}
 	}()
-	e := c.s.exports[name]
-	if e == nil {
+	e, r, err := c.find(name)
+	switch {
+	case err == errNoExport:
 		cs.exportsUnknown.Add(1)
-		return repErrUnknown, errNoExport
-	}
-	if !c.admits(e.Export) {
+		return r, err
+	case err != nil:
 		cs.exportsForbidden.Add(1)
-		if c.nc.tls == nil {
-			return repErrTLSReqd, errExportTLS
-		}
-		return repErrPolicy, errNotAllowed
+		return r, err
 	}
 	own := *e.Export
 	if own.Backend == nil {
@@ -238,7 +319,14 @@ func (c *conn) choose(name string, enter bool) (r optReply, err error) {
 		c.using = e
 	}
 	c.export, c.size = &own, own.Backend.Size()
-	c.flags = FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn
+	c.flags = FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn | FlagSendCache
+	if c.agreed.mode >= StructuredReplies {
+		c.flags |= FlagSendDF
+	}
+	c.allocation = c.agreed.meta == e
+	if c.agreed.mode >= ExtendedHeaders && c.allocation {
+		c.flags |= FlagStatusPayload
+	}
 	c.readOnly = own.Backend.ReadOnly()
 	if c.readOnly {
 		c.flags |= FlagReadOnly

@@ -136,10 +136,10 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 	return nil
 }
 
-// request waits for the header of a request and returns its bytes, which are
+// request waits for the header of a request and returns its size bytes, which are
 // valid until the next call. It returns errStopped after stop, errIdle when none
 // came for too long, and io.EOF if the connection ended between two requests.
-func (rc *receiver) request() ([]byte, error) {
+func (rc *receiver) request(size int) ([]byte, error) {
 	for rc.r == rc.w {
 		if err := rc.armIdle(); err != nil {
 			return nil, err
@@ -163,7 +163,7 @@ func (rc *receiver) request() ([]byte, error) {
 	if rc.stopped() {
 		return nil, errStopped
 	}
-	return rc.next(requestSize)
+	return rc.next(size)
 }
 
 // armIdle prepares the wait for a request.

@@ -21,6 +21,7 @@ import (
 //	C EOF       the client closes its side
 //	hello       the greetings, both flags set by both
 //	go NAME     hello, and GO for the export
+//	structured NAME, extended NAME   the same with this form of messages and block status
 //	# comment
 //
 // and a word is one of
@@ -82,15 +83,16 @@ func (rc rawConn) putPieces(b []byte) {
 
 var scriptNames = map[string]uint64{
 	"NBDMAGIC": magicServer, "IHAVEOPT": magicOption, "OPTREPLY": magicOptReply,
-	"REQUEST": magicRequest, "REPLY": magicSimple,
+	"REQUEST": magicRequest, "REPLY": magicSimple, "CHUNK": magicChunk, "REQUEST_EXT": magicRequestExt, "CHUNK_EXT": magicChunkExt,
 	"EXPORT_NAME": 1, "ABORT": 2, "LIST": 3, "PEEK_EXPORT": 4, "STARTTLS": 5, "INFO": 6, "GO": 7, "STRUCTURED_REPLY": 8,
 	"LIST_META_CONTEXT": 9, "SET_META_CONTEXT": 10, "EXTENDED_HEADERS": 11,
-	"ACK": 1, "SERVER": 2, "REP_INFO": 3,
+	"ACK": 1, "SERVER": 2, "REP_INFO": 3, "META_CONTEXT": 4, "ERR_EXT_HEADER_REQD": 1<<31 + 10,
 	"ERR_UNSUP": 1<<31 + 1, "ERR_POLICY": 1<<31 + 2, "ERR_INVALID": 1<<31 + 3, "ERR_UNKNOWN": 1<<31 + 6, "ERR_TOO_BIG": 1<<31 + 9,
 	"READ": 0, "WRITE": 1, "DISC": 2, "FLUSH": 3, "TRIM": 4, "CACHE": 5, "WRITE_ZEROES": 6, "BLOCK_STATUS": 7,
-	"FUA": 1, "NO_HOLE": 2, "DF": 4, "FAST_ZERO": 16,
-	"EPERM": 1, "EIO": 5, "EINVAL": 22, "ENOSPC": 28, "OK": 0,
-	"RW": 0x96d, "RO": 0x10f, // transmission flags
+	"FUA": 1, "NO_HOLE": 2, "DF": 4, "REQ_ONE": 8, "FAST_ZERO": 16, "PAYLOAD_LEN": 32,
+	"DONE": 1, "NONE": 0, "OFFSET_DATA": 1, "OFFSET_HOLE": 2, "STATUS": 5, "STATUS_EXT": 6, "ERROR": 1<<15 + 1,
+	"EPERM": 1, "EIO": 5, "EINVAL": 22, "ENOSPC": 28, "EOVERFLOW": 75, "OK": 0,
+	"RW": 0xd6d, "RO": 0x50f, "RW_DF": 0xded, "RO_DF": 0x58f, "RW_EXT": 0x1ded, // transmission flags
 	"I_EXPORT": 0, "I_NAME": 1, "I_DESCRIPTION": 2, "I_BLOCK_SIZE": 3,
 }
 
@@ -138,11 +140,19 @@ func playScript(t *testing.T, rc rawConn, file string, put func(rc rawConn, b []
 			continue
 		}
 		switch verb, args := words[0], words[1:]; {
-		case verb == "hello" || verb == "go":
+		case verb == "hello" || verb == "go" || verb == "structured" || verb == "extended":
 			mustEqual(t, where, rc.get(18), []byte("NBDMAGICIHAVEOPT\x00\x03"))
 			rc.put([]byte{0, 0, 0, 3})
-			if verb == "go" {
-				name := strings.Join(args, "")
+			if opt, ok := map[string]option{"structured": optStructured, "extended": optExtended}[verb]; ok {
+				rc.put(appendOption(nil, opt, nil))
+				mustEqual(t, where, rc.get(optReplySize), appendOptReply(nil, opt, repAck, nil))
+			}
+			name := strings.Join(args, "")
+			if verb == "structured" || verb == "extended" {
+				rc.put(appendOption(nil, optSetMeta, appendMetaQuery(nil, name, contextAllocation)))
+				mustEqual(t, where, rc.get(2*optReplySize + 4 + len(contextAllocation))[optReplySize+4:][:4], []byte("base"))
+			}
+			if verb != "hello" {
 				rc.put(appendOption(nil, optGo, appendInfoQuery(nil, name)))
 				rc.get(2*optReplySize + 12)
 			}

@@ -224,7 +224,7 @@ type Event struct {
 	// Of EventRequestFailed.
 	Command Command
 	Offset  uint64
-	Length  uint32
+	Length  uint64
 }
 
 // A namedExport is an export of a running server.

@@ -296,7 +296,7 @@ func TestShutdownReceivesThePayload(t *testing.T) {
 	s := serveDisk(t, d)
 	rc := s.rawGo()
 	p := pattern(200<<10, 5)
-	rc.put(header{cmd: CmdWrite, cookie: 7, n: uint32(len(p))}.appendTo(nil))
+	rc.put(header{cmd: CmdWrite, cookie: 7, n: uint64(len(p))}.appendTo(nil))
 	rc.put(p[:100<<10])
 	<-prepared
 	down := make(chan error, 1)
@@ -698,7 +698,7 @@ func TestIdleTimeout(t *testing.T) {
 		io.ReadFull(nc, make([]byte, 10))
 		do := func(cmd Command, n int) {
 			t.Helper()
-			h := header{cmd: cmd, n: uint32(n)}.appendTo(nil)
+			h := header{cmd: cmd, n: uint64(n)}.appendTo(nil)
 			nc.Write(h[:20])
 			time.Sleep(2 * idle) // in the middle of it
 			nc.Write(h[20:])

@@ -90,7 +90,7 @@ func (c *conn) startTLS(data []byte) error {
 		return fmt.Errorf("%w: %w", errTLS, err)
 	}
 	c.nc.tls, c.nc.out = tc, bufio.NewWriterSize(tc, tlsRecordBytes)
-	c.export = nil
+	c.export, c.agreed = nil, agreement{}
 	if st := tc.ConnectionState(); len(st.VerifiedChains) > 0 {
 		c.names = certificateNames(st.PeerCertificates[0])
 	}

@@ -93,7 +93,7 @@ func TestTLS(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			c, err := newClient(t.Context(), nc, "x", config)
+			c, err := Dialer{}.newClient(t.Context(), nc, "x", config)
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -138,7 +138,7 @@ func TestTLSGathersReplies(t *testing.T) {
 		t.Fatal(err)
 	}
 	count := &countConn{Conn: nc}
-	c, err := newClient(t.Context(), count, "", s.tls)
+	c, err := Dialer{}.newClient(t.Context(), count, "", s.tls)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -349,7 +349,7 @@ func TestTLSWrongCertificate(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if c, err := newClient(t.Context(), nc, "", config); err == nil {
+				if c, err := (Dialer{}).newClient(t.Context(), nc, "", config); err == nil {
 					c.Close()
 					t.Error("let in")
 				}
@@ -609,7 +609,7 @@ func TestTLSDeathAtEveryByte(t *testing.T) {
 		}
 		cut := &cutConn{nc, limit}
 		defer nc.Close()
-		c, err := newClient(t.Context(), cut, "", s.tls)
+		c, err := Dialer{}.newClient(t.Context(), cut, "", s.tls)
 		if err != nil {
 			return cut.left
 		}

@@ -42,4 +42,16 @@ func (b backend) Trim(ctx context.Context, off, n uint64, fua bool) error {
 	return b.d.Trim(ctx, off, n, fua)
 }
 
+// BlockStatus knows data and holes; a hole reads as zeros.
+func (b backend) BlockStatus(ctx context.Context, off, n uint64, visit func(n uint64, s nbd.BlockState) bool) error {
+	return b.d.Allocation(ctx, off, n, func(n uint64, hole bool) bool {
+		if hole {
+			return visit(n, nbd.StateHole|nbd.StateZero)
+		}
+		return visit(n, 0)
+	})
+}
+
+func (b backend) Cache(ctx context.Context, off, n uint64) error { return b.d.Prefetch(ctx, off, n) }
+
 func (b backend) Flush(ctx context.Context) error { return b.d.Flush(ctx) }

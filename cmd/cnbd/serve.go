@@ -452,7 +452,7 @@ func (s *serving) event(e nbd.Event) {
 	case nbd.EventRefused:
 		log.Warn().Err(e.Err).Str("export", e.Export).Str("remote", e.Remote).Msg("refused")
 	case nbd.EventRequestFailed:
-		log.Error().Err(e.Err).Str("export", e.Export).Stringer("command", e.Command).Uint64("offset", e.Offset).Uint32("length", e.Length).Msg("request failed")
+		log.Error().Err(e.Err).Str("export", e.Export).Stringer("command", e.Command).Uint64("offset", e.Offset).Uint64("length", e.Length).Msg("request failed")
 	case nbd.EventAcceptFailing:
 		log.Error().Err(e.Err).Msg("cannot accept connections, trying again")
 	}

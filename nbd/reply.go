@@ -1,0 +1,169 @@
+package nbd
+
+import (
+	"encoding/binary"
+	"net"
+)
+
+const (
+	// extentsMax bounds the extents in one answer to BLOCK_STATUS; a client
+	// asks again for what follows.
+	extentsMax = 2048
+	// extentBytes is what one takes, in memory and, at most, on the wire.
+	extentBytes = 16
+
+	// headBytesKept bounds the memory for headers that is kept between batches.
+	headBytesKept = 64 << 10
+)
+
+// An encoder collects replies for one writev: headers in memory of its own, which
+// is used again, and data where it lies.
+type encoder struct {
+	head []byte // of what is collected, appended to; parts of older arrays may be in iov
+	iov  net.Buffers
+	keep net.Buffers // iov, while the kernel takes it
+}
+
+// begin starts a piece that is appended to e.head.
+func (e *encoder) begin() int { return len(e.head) }
+
+// end makes what was appended since begin the next piece of the output.
+func (e *encoder) end(from int) {
+	e.iov = append(e.iov, e.head[from:len(e.head):len(e.head)])
+}
+
+// reset forgets everything.
+func (e *encoder) reset() {
+	clear(e.iov[:cap(e.iov)])
+	e.iov, e.head = e.iov[:0], e.head[:0]
+	if cap(e.head) > headBytesKept {
+		e.head = nil
+	}
+}
+
+// writeTo writes what is collected.
+func (e *encoder) writeTo(l *link) error {
+	e.keep = e.iov // writev consumes a variable, which must not be allocated each time
+	return l.writev(&e.keep)
+}
+
+// append collects the reply to r.
+func (e *encoder) append(r *request, m ReplyMode) {
+	switch {
+	case m < StructuredReplies:
+		e.simple(r)
+		if r.payload != nil {
+			e.iov = append(e.iov, r.payload.Segments()...)
+		}
+	case r.errno != 0:
+		e.failure(r, m)
+	case r.payload != nil:
+		e.data(r, m)
+	case r.extents != nil:
+		e.status(r, m)
+	case m >= ExtendedHeaders || r.cmd == CmdRead:
+		from := e.begin()
+		e.chunk(r, m, chunkNone, true, 0)
+		e.end(from)
+	default:
+		e.simple(r) // shorter than a chunk, and allowed
+	}
+}
+
+func (e *encoder) simple(r *request) {
+	from := e.begin()
+	e.head = appendSimpleReply(e.head, r.errno, r.cookie)
+	e.end(from)
+}
+
+// chunk appends the header of a chunk with n bytes behind it.
+func (e *encoder) chunk(r *request, m ReplyMode, kind chunkType, last bool, n uint64) {
+	k := chunk{kind: kind, cookie: r.cookie, off: r.off, n: n}
+	if last {
+		k.flags = chunkFlagDone
+	}
+	e.head = k.appendTo(e.head, m)
+}
+
+// failure collects the one chunk of an error.
+func (e *encoder) failure(r *request, m ReplyMode) {
+	from := e.begin()
+	e.chunk(r, m, chunkError, true, uint64(4+2+len(r.why)))
+	e.head = binary.BigEndian.AppendUint32(e.head, uint32(r.errno))
+	e.head = binary.BigEndian.AppendUint16(e.head, uint16(len(r.why)))
+	e.head = append(e.head, r.why...)
+	e.end(from)
+}
+
+// status collects the one chunk of a block status.
+func (e *encoder) status(r *request, m ReplyMode) {
+	from := e.begin()
+	be := binary.BigEndian
+	if m >= ExtendedHeaders {
+		e.chunk(r, m, chunkStatusExt, true, uint64(8+16*len(r.extents)))
+		e.head = be.AppendUint32(e.head, contextID)
+		e.head = be.AppendUint32(e.head, uint32(len(r.extents)))
+		for _, x := range r.extents {
+			e.head = be.AppendUint64(e.head, x.Length)
+			e.head = be.AppendUint64(e.head, uint64(x.State))
+		}
+	} else {
+		e.chunk(r, m, chunkStatus, true, uint64(4+8*len(r.extents)))
+		e.head = be.AppendUint32(e.head, contextID)
+		for _, x := range r.extents {
+			e.head = be.AppendUint32(e.head, uint32(x.Length)) // not longer than the request
+			e.head = be.AppendUint32(e.head, uint32(x.State))
+		}
+	}
+	e.end(from)
+}
+
+// data collects the chunks of a READ: data, and holes of a block at least. All of
+// it is here already, so nothing can go wrong behind the last of them.
+func (e *encoder) data(r *request, m ReplyMode) {
+	segs := r.payload.Segments()
+	off := r.off
+	for i := 0; i < len(segs); {
+		next, n, hole := nextRun(r.payload, segs, i, r.flags&cmdFlagDF != 0)
+		from := e.begin()
+		if hole {
+			e.chunk(r, m, chunkHole, next == len(segs), 8+4)
+			e.head = binary.BigEndian.AppendUint64(e.head, off)
+			e.head = binary.BigEndian.AppendUint32(e.head, uint32(n))
+			e.end(from)
+		} else {
+			e.chunk(r, m, chunkData, next == len(segs), 8+n)
+			e.head = binary.BigEndian.AppendUint64(e.head, off)
+			e.end(from)
+			e.iov = append(e.iov, segs[i:next]...)
+		}
+		i, off = next, off+n
+	}
+}
+
+// nextRun is the run of segments of p that begins at i and becomes one chunk: its
+// end, its length in bytes, and whether it is a hole. With whole it is everything,
+// and a hole only if everything is.
+func nextRun(p Payload, segs [][]byte, i int, whole bool) (next int, n uint64, hole bool) {
+	for next = i; next < len(segs); {
+		zeroes, end := uint64(0), next
+		for end < len(segs) && p.Zero(end) {
+			zeroes += uint64(len(segs[end]))
+			end++
+		}
+		isHole := zeroes >= blockPreferred && !whole || zeroes > 0 && next == 0 && end == len(segs)
+		switch {
+		case isHole && next == i:
+			return end, zeroes, true
+		case isHole:
+			return next, n, false
+		}
+		// Too short for a chunk of its own: it goes with the data around it.
+		n += zeroes
+		if next = end; next < len(segs) {
+			n += uint64(len(segs[next]))
+			next++
+		}
+	}
+	return next, n, false
+}
