@@ -71,6 +71,7 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 	if err := sc.scan(sb); err != nil {
 		return logEnd{}, err
 	}
+	sc.probeSegments()
 	s.recovery.Segments = sc.segments
 
 	var t tally
@@ -341,6 +342,24 @@ func (sc *scanner) probe(off, limit, seed uint32, bytes func(off, n uint32) ([]b
 		}
 	}
 	return nil
+}
+
+// segmentProbes is how many segments probeSegments looks at. The log goes on in
+// the lowest free ones, or nearly so (see segments.take).
+const segmentProbes = 64
+
+// probeSegments looks in free segments for headers that name as durable what the
+// log does not reach, because a header in between is gone: to lose both copies of
+// it is damage, and would look like the end of the log.
+func (sc *scanner) probeSegments() {
+	free := sc.s.segments.lowestFree(segmentProbes)
+	for _, n := range free {
+		if h, ok, err := sc.s.readSegmentHead(n); err == nil && ok {
+			sc.durable = max(sc.durable, h.durable)
+			sc.end.epochs = max(sc.end.epochs, h.durable)
+			sc.end.serials = max(sc.end.serials, h.serial)
+		}
+	}
 }
 
 // readSeeded reads and verifies a record's payload with a known seed.

@@ -351,6 +351,19 @@ func (t *segments) nextWarm(keep func() uint32) (uint32, bool) {
 	return 0, false
 }
 
+// lowestFree returns up to most free segments, the lowest, of those in the table
+// and behind it.
+func (t *segments) lowestFree(most int) (free []uint32) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for n := t.low; n < t.total && len(free) < most; n++ {
+		if n >= uint32(len(t.table)) || t.table[n].state == segmentFree {
+			free = append(free, n)
+		}
+	}
+	return free
+}
+
 // visit calls fn for each used segment in ascending order, with a copy.
 func (t *segments) visit(fn func(n uint32, s segment)) {
 	t.mu.RLock()

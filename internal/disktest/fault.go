@@ -109,6 +109,26 @@ func (d *Disk) Copy(dst, src, n int64) {
 	d.putLocked(b, dst)
 }
 
+// Swap exchanges the n bytes at a and at b, which do not overlap: two writes that
+// went to each other's place. They must not be pending.
+func (d *Disk) Swap(a, b, n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	p, q := make([]byte, n), make([]byte, n)
+	d.medium.img.read(p, a)
+	d.medium.img.read(q, b)
+	d.putLocked(q, a)
+	d.putLocked(p, b)
+}
+
+// Zero has the bytes [off, off+n) read as zeros: an erased block. They must not be
+// pending.
+func (d *Disk) Zero(off, n int64) {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	d.putLocked(make([]byte, n), off)
+}
+
 // Restore puts the bytes [off, off+n) of old, an earlier Clone or Crash, back:
 // a write that was acknowledged and never happened. They must not be pending.
 func (d *Disk) Restore(old *Disk, off, n int64) {
