@@ -22,7 +22,7 @@ const unixPathMax = 107
 // defaultPort is NBD's port, assigned by IANA.
 const defaultPort = "10809"
 
-// ParseAddress reads unix:PATH or tcp:[HOST][:PORT]. HOST is 127.0.0.1 and PORT
+// ParseAddress reads unix:PATH, unix:@NAME (an abstract socket) or tcp:[HOST][:PORT]. HOST is 127.0.0.1 and PORT
 // 10809 if left out; an IPv6 host stands in brackets, and port 0 is one that
 // the system chooses.
 func ParseAddress(s string) (Address, error) {
@@ -32,6 +32,8 @@ func ParseAddress(s string) (Address, error) {
 		switch {
 		case address == "" || strings.ContainsRune(address, 0):
 			return Address{}, fmt.Errorf("%q has no path for the socket", s)
+		case address == "@":
+			return Address{}, fmt.Errorf("%q has no name behind the @, which stands for an abstract socket", s)
 		case len(address) > unixPathMax:
 			return Address{}, fmt.Errorf("%q is too long: the path of a unix socket has at most %d bytes", s, unixPathMax)
 		}

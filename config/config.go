@@ -37,6 +37,15 @@ type Config struct {
 	// 0777, and the owner can always read and write.
 	SocketMode os.FileMode `key:"socket-mode" type:"mode" help:"permissions of unix sockets, octal"`
 
+	// SocketOwner and SocketGroup are the user and the group, by name or number,
+	// that unix sockets are given to. Default empty: those of the process.
+	SocketOwner string `key:"socket-owner" type:"user" help:"user that unix sockets are given to"`
+	SocketGroup string `key:"socket-group" type:"group" help:"group that unix sockets are given to"`
+
+	// ExitWithParent stops the server, in good order, when the process that has
+	// started it ends. Default false.
+	ExitWithParent bool `key:"exit-with-parent" help:"stop when the process that has started this one ends"`
+
 	// AllowPlaintext accepts TCP addresses beyond loopback without enforced
 	// TLS: whoever reaches the port reads and writes the device. Default false.
 	AllowPlaintext bool `key:"allow-plaintext" help:"serve other hosts without enforcing TLS"`

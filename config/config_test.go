@@ -162,6 +162,9 @@ func TestSources(t *testing.T) {
 		"listen":              {"unix:/f,unix:/g", "unix:/e,unix:/h", "unix:/c"},
 		"socket-mode":         {"0660", "0666", "0777"},
 		"allow-plaintext":     {"true", "false", "true"},
+		"socket-owner":        {"root", "1000", "nbd"},
+		"socket-group":        {"disk", "6", "nbd"},
+		"exit-with-parent":    {"true", "false", "true"},
 		"tls":                 {"on", "require", "off"},
 		"tls-certificates":    {"/file", "/env", "/flag"},
 		"tls-verify-peer":     {"false", "true", "false"},
@@ -398,6 +401,9 @@ func TestRefused(t *testing.T) {
 		"stall":                 {"", []string{"--stall-timeout=10ms", "b"}, map[string]string{"stall-timeout": "--stall-timeout: 10ms is out of range: give 1s to 24h0m0s"}},
 		"idle":                  {"", []string{"--idle-timeout=-1s", "b"}, map[string]string{"idle-timeout": "--idle-timeout: -1s is out of range: give 0s to 8760h0m0s"}},
 
+		"owner":            {"", []string{"--socket-owner=a:b", "--socket-group=a b", "b"}, map[string]string{"socket-owner": `--socket-owner: "a:b" is not a name`, "socket-group": `"a b" is not a name`}},
+		"exit with parent": {"exit-with-parent: never\nexports: [{path: a}]", nil, map[string]string{"exit-with-parent": "never is neither true nor false"}},
+
 		"cache too small": {"", []string{"--cache", "1MiB", "--dirty-max=1GiB", "--background=1GiB", "b"}, map[string]string{"cache": "1MiB is out of range: give 16MiB to"}},
 		"dirty too much":  {"", []string{"--dirty-max", "200MiB", "b"}, map[string]string{"dirty-max": "give 4MiB to 192MiB"}},
 		"background":      {"", []string{"--background", "129MiB", "b"}, map[string]string{"background": "give 0 to 96MiB"}},
@@ -499,6 +505,7 @@ func TestParseAddress(t *testing.T) {
 	}{
 		"unix:/run/a.sock":    {Address{"unix", "/run/a.sock"}, true},
 		"unix:a:b":            {Address{"unix", "a:b"}, true},
+		"unix:@a":             {Address{"unix", "@a"}, true},
 		"tcp:127.0.0.1:10809": {Address{"tcp", "127.0.0.1:10809"}, true},
 		"tcp:127.9.9.9:0":     {Address{"tcp", "127.9.9.9:0"}, true},
 		"tcp:[::1]:10809":     {Address{"tcp", "[::1]:10809"}, true},
@@ -525,7 +532,7 @@ func TestParseAddress(t *testing.T) {
 			t.Errorf("ParseAddress(%q) = %v, %v; want %s", in, got, err, want)
 		}
 	}
-	for _, in := range []string{"", "unix", "unix:", "unix:\x00", "unix:/" + strings.Repeat("a", 107), "tcp:[::1", "tcp:]",
+	for _, in := range []string{"", "unix", "unix:", "unix:@", "unix:\x00", "unix:/" + strings.Repeat("a", 107), "tcp:[::1", "tcp:]",
 		"tcp:h:nbd", "tcp:h:65536", "tcp:h:-1", "tcp:::1:1", "udp:h:1", "/run/a.sock", "localhost:10809"} {
 		if got, err := ParseAddress(in); err == nil {
 			t.Errorf("ParseAddress(%q) = %+v, want an error", in, got)

@@ -151,6 +151,11 @@ func (c *Config) validateListen(fs *faults) {
 	if c.SocketMode&^0o777 != 0 || c.SocketMode&0o600 != 0o600 {
 		fs.add("socket-mode", fmt.Errorf("%04o is out of range: give 0600 to 0777, in octal, with read and write for the owner", uint32(c.SocketMode)))
 	}
+	for key, name := range map[string]string{"socket-owner": c.SocketOwner, "socket-group": c.SocketGroup} {
+		if strings.ContainsAny(name, ":/, \t\n") {
+			fs.add(key, fmt.Errorf("%q is not a name or a number", name))
+		}
+	}
 	for i, s := range c.Listen {
 		a, err := ParseAddress(s)
 		switch {

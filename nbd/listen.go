@@ -7,12 +7,15 @@ import (
 	"io/fs"
 	"net"
 	"os"
+	"os/user"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 )
@@ -25,23 +28,48 @@ var ErrSocketBusy = errors.New("socket is busy")
 // its NUL).
 const socketPathMax = 107
 
+// A ListenConfig says to whom a unix socket is open.
+type ListenConfig struct {
+	// Mode are the permissions, whatever the umask; 0 means 0600. At no moment
+	// does the socket have more of them.
+	Mode fs.FileMode
+
+	// Owner and Group are a user and a group, by name or number, that the
+	// socket is given to; empty: those of the process. Names are looked up in
+	// /etc/passwd and /etc/group; the errors are those of os/user.
+	Owner, Group string
+}
+
+// Listen is [ListenConfig.Listen] with the permissions mode.
+func Listen(spec string, mode fs.FileMode) (net.Listener, error) {
+	return ListenConfig{Mode: mode}.Listen(spec)
+}
+
 // Listen listens where spec says:
 //
 //	unix:PATH        a unix socket, which must not exist, unless as a socket that
 //	                 nobody listens on any more: that is replaced. Closing the
 //	                 listener removes it, if it is still its own.
+//	unix:@NAME       a unix socket in the abstract namespace of Linux, which has
+//	                 no file. Who may connect is decided for it by a [Server]
+//	                 in the way of a file: by the client's user and groups.
 //	tcp:[HOST][:PORT] a TCP address; HOST defaults to 127.0.0.1, PORT to 10809.
 //	                 An IPv6 address stands in brackets.
-//
-// mode are the permissions of a unix socket, whatever the umask; 0 means 0600.
-// At no moment does the socket have more of them.
-func Listen(spec string, mode fs.FileMode) (net.Listener, error) {
+func (lc ListenConfig) Listen(spec string) (net.Listener, error) {
 	kind, rest, _ := strings.Cut(spec, ":")
 	var l net.Listener
 	var err error
 	switch kind {
 	case "unix":
-		l, err = listenUnix(rest, mode)
+		var who access
+		if who, err = lc.access(); err != nil {
+			break
+		}
+		if strings.HasPrefix(rest, "@") {
+			l, err = listenAbstract(rest, who)
+		} else {
+			l, err = listenUnix(rest, who)
+		}
 	case "tcp":
 		l, err = listenTCP(rest)
 	default:
@@ -78,18 +106,143 @@ func listenTCP(addr string) (net.Listener, error) {
 	return lc.Listen(context.Background(), "tcp", net.JoinHostPort(host, port))
 }
 
-func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
+// access is a [ListenConfig] that was looked up.
+type access struct {
+	mode     fs.FileMode
+	uid, gid int // -1: those of the process
+}
+
+// access looks lc up.
+func (lc ListenConfig) access() (access, error) {
+	a := access{mode: lc.Mode, uid: -1, gid: -1}
+	if a.mode == 0 {
+		a.mode = 0o600
+	}
+	if a.mode&^fs.ModePerm != 0 {
+		return a, fmt.Errorf("mode %#o is not from 0 to 0777", uint32(a.mode))
+	}
+	id := func(s string, byName func() (string, error)) (int, error) {
+		n, err := strconv.ParseUint(s, 10, 31)
+		if err != nil {
+			if s, err = byName(); err != nil {
+				return -1, err
+			}
+			n, err = strconv.ParseUint(s, 10, 31)
+		}
+		return int(n), err
+	}
+	var err error
+	if lc.Owner != "" {
+		if a.uid, err = id(lc.Owner, func() (string, error) {
+			u, err := user.Lookup(lc.Owner)
+			if err != nil {
+				return "", err
+			}
+			return u.Uid, nil
+		}); err != nil {
+			return a, fmt.Errorf("owner: %w", err)
+		}
+	}
+	if lc.Group != "" {
+		if a.gid, err = id(lc.Group, func() (string, error) {
+			g, err := user.LookupGroup(lc.Group)
+			if err != nil {
+				return "", err
+			}
+			return g.Gid, nil
+		}); err != nil {
+			return a, fmt.Errorf("group: %w", err)
+		}
+	}
+	return a, nil
+}
+
+// listenAbstract listens on the abstract name that follows the @.
+func listenAbstract(name string, who access) (net.Listener, error) {
+	if len(name) < 2 || len(name) > socketPathMax {
+		return nil, fmt.Errorf("an abstract name has 1 to %d bytes", socketPathMax-1)
+	}
+	l, err := net.Listen("unix", name)
+	if errors.Is(err, syscall.EADDRINUSE) {
+		err = ErrSocketBusy
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &abstractListener{l, who}, nil
+}
+
+// An abstractListener knows who may connect, which the kernel does not check.
+type abstractListener struct {
+	net.Listener
+	who access
+}
+
+// errPeer is the error of a client that the permissions of its socket keep out.
+var errPeer = errors.New("nbd: the client has no permission for the socket")
+
+// permits tells whether the client of nc may connect, as the kernel would for a
+// socket that is a file: by the permission to write.
+func (l *abstractListener) permits(nc net.Conn) error {
+	raw, err := nc.(*net.UnixConn).SyscallConn()
+	if err != nil {
+		return err
+	}
+	var cred *unix.Ucred
+	var groups []uint32
+	if e := raw.Control(func(fd uintptr) {
+		if cred, err = unix.GetsockoptUcred(int(fd), unix.SOL_SOCKET, unix.SO_PEERCRED); err == nil {
+			groups, err = peerGroups(int(fd))
+		}
+	}); e != nil {
+		err = e
+	}
+	if err != nil {
+		return fmt.Errorf("%w: %w", errPeer, err)
+	}
+	uid, gid := l.who.uid, l.who.gid
+	if uid < 0 {
+		uid = os.Geteuid()
+	}
+	if gid < 0 {
+		gid = os.Getegid()
+	}
+	bit := fs.FileMode(0o002)
+	switch {
+	case cred.Uid == 0:
+		return nil
+	case int(cred.Uid) == uid:
+		bit = 0o200
+	case int(cred.Gid) == gid || slices.Contains(groups, uint32(gid)):
+		bit = 0o020
+	}
+	if l.who.mode&bit == 0 {
+		return fmt.Errorf("%w: user %d, process %d", errPeer, cred.Uid, cred.Pid)
+	}
+	return nil
+}
+
+// peerGroups are the supplementary groups of the process at the other end of the
+// unix socket fd.
+func peerGroups(fd int) ([]uint32, error) {
+	for groups := make([]uint32, 64); ; groups = make([]uint32, 2*len(groups)) {
+		size := uint32(4 * len(groups))
+		_, _, errno := unix.Syscall6(unix.SYS_GETSOCKOPT, uintptr(fd), unix.SOL_SOCKET, unix.SO_PEERGROUPS,
+			uintptr(unsafe.Pointer(&groups[0])), uintptr(unsafe.Pointer(&size)), 0)
+		switch {
+		case errno == 0:
+			return groups[:size/4], nil
+		case errno != unix.ERANGE || len(groups) > 1<<16: // NGROUPS_MAX
+			return nil, os.NewSyscallError("getsockopt", errno)
+		}
+	}
+}
+
+func listenUnix(path string, who access) (net.Listener, error) {
 	if path == "" {
 		return nil, errors.New("no path")
 	}
-	if mode == 0 {
-		mode = 0o600
-	}
-	if mode&^fs.ModePerm != 0 {
-		return nil, fmt.Errorf("mode %#o is not from 0 to 0777", uint32(mode))
-	}
-	// Absolute, for a URI made of it; and then it is never an abstract socket,
-	// which has no permissions.
+	// Absolute, for a URI made of it.
 	path, err := filepath.Abs(path)
 	if err != nil {
 		return nil, err
@@ -105,10 +258,10 @@ func listenUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	}
 	defer unlock()
 
-	l, err := bindUnix(path, mode)
+	l, err := bindUnix(path, who)
 	if errors.Is(err, syscall.EADDRINUSE) {
 		if err = removeStale(path); err == nil {
-			l, err = bindUnix(path, mode)
+			l, err = bindUnix(path, who)
 		}
 	}
 	return l, err
@@ -137,8 +290,12 @@ func lockDir(dir string) (unlock func(), err error) {
 	return func() { d.Close() }, nil
 }
 
-// bindUnix creates the socket path with the permissions mode and listens on it.
-func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
+// bindUnix creates the socket path for who and listens on it.
+func bindUnix(path string, who access) (net.Listener, error) {
+	mode := who.mode
+	if who.uid >= 0 || who.gid >= 0 {
+		mode &= 0o700 // as long as owner and group are the wrong ones
+	}
 	lc := net.ListenConfig{Control: func(_, _ string, raw syscall.RawConn) error {
 		var err error
 		// The file that bind makes gets the mode of the socket, less the umask,
@@ -154,16 +311,16 @@ func bindUnix(path string, mode fs.FileMode) (net.Listener, error) {
 	}
 	ul := &unixListener{UnixListener: l.(*net.UnixListener), path: path}
 	ul.SetUnlinkOnClose(false) // Close knows better
-	if ul.made, err = chmodSocket(path, mode); err != nil {
+	if ul.made, err = giveSocket(path, who); err != nil {
 		ul.Close()
 		return nil, err
 	}
 	return ul, nil
 }
 
-// chmodSocket gives the socket path, which was just made, what the umask took
-// from its mode, and returns what it is.
-func chmodSocket(path string, mode fs.FileMode) (fs.FileInfo, error) {
+// giveSocket gives the socket path, which was just made, to who, and what the umask
+// took from its mode, and returns what it is.
+func giveSocket(path string, who access) (fs.FileInfo, error) {
 	// By a descriptor: a link that was put in its place is not followed.
 	fd, err := unix.Open(path, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
@@ -178,11 +335,16 @@ func chmodSocket(path string, mode fs.FileMode) (fs.FileInfo, error) {
 	if made.Mode().Type() != fs.ModeSocket {
 		return nil, errors.New("another file has taken its place")
 	}
-	if made.Mode().Perm() == mode {
+	if who.uid >= 0 || who.gid >= 0 {
+		if err := unix.Fchownat(fd, "", who.uid, who.gid, unix.AT_EMPTY_PATH); err != nil {
+			return made, &fs.PathError{Op: "chown", Path: path, Err: err}
+		}
+	}
+	if made.Mode().Perm() == who.mode {
 		return made, nil
 	}
 	// O_PATH takes no fchmod; by way of /proc it does.
-	return made, os.Chmod("/proc/self/fd/"+strconv.Itoa(fd), mode)
+	return made, os.Chmod("/proc/self/fd/"+strconv.Itoa(fd), who.mode)
 }
 
 // removeStale removes path if it is a socket on which nobody listens.

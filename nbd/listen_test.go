@@ -2,14 +2,18 @@ package nbd
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -270,4 +274,123 @@ func keepsAlive(t *testing.T, l net.Listener) {
 			}
 		}
 	})
+}
+
+// as runs f on a thread that has other credentials, and reports the error.
+func as(uid, gid int, groups []int, f func() error) error {
+	done := make(chan error)
+	go func() {
+		runtime.LockOSThread() // for ever: the thread ends with the goroutine
+		list := make([]uint32, len(groups)+1)
+		for i, g := range groups {
+			list[i] = uint32(g)
+		}
+		for _, call := range [][4]uintptr{
+			{unix.SYS_SETGROUPS, uintptr(len(groups)), uintptr(unsafe.Pointer(&list[0]))},
+			{unix.SYS_SETRESGID, uintptr(gid), uintptr(gid), uintptr(gid)},
+			{unix.SYS_SETRESUID, uintptr(uid), uintptr(uid), uintptr(uid)},
+		} {
+			if _, _, errno := unix.RawSyscall(call[0], call[1], call[2], call[3]); errno != 0 {
+				done <- errno
+				return
+			}
+		}
+		done <- f()
+	}()
+	return <-done
+}
+
+// Who may connect is the same for a socket with a file, where the kernel decides,
+// and an abstract one, where the server does: owner, group and mode are kept.
+func TestListenPermissions(t *testing.T) {
+	if os.Getuid() != 0 {
+		t.Skip("needs root")
+	}
+	dir := socketDir(t)
+	if err := os.Chmod(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	many := make([]int, 200) // more than a first look takes
+	for i := range many {
+		many[i] = 3000 + i
+	}
+	type who struct {
+		uid, gid int
+		groups   []int
+	}
+	owner, member, primary, other := who{1001, 9, nil}, who{1002, 9, append(many, 2001)}, who{1003, 2001, nil}, who{1004, 9, []int{2002}}
+	for _, tc := range []struct {
+		lc  ListenConfig
+		may []who
+	}{
+		{ListenConfig{}, nil},
+		{ListenConfig{Owner: "1001"}, []who{owner}},
+		{ListenConfig{Owner: "1001", Group: "2001", Mode: 0o660}, []who{owner, member, primary}},
+		{ListenConfig{Group: "2001", Mode: 0o660}, []who{member, primary}},
+		{ListenConfig{Group: "2001", Mode: 0o620}, []who{member, primary}},
+		{ListenConfig{Group: "2001", Mode: 0o640}, nil}, // to read is not enough
+		{ListenConfig{Group: "2001", Mode: 0o606}, []who{owner, other}},
+		{ListenConfig{Owner: "1001", Mode: 0o466}, []who{member, primary, other}},
+		{ListenConfig{Mode: 0o666}, []who{owner, member, primary, other}},
+		{ListenConfig{Owner: "root", Group: "root", Mode: 0o666}, []who{owner, member, primary, other}},
+	} {
+		for _, address := range []string{filepath.Join(dir, "s"), fmt.Sprintf("@cnbd test %d", os.Getpid())} {
+			s, err := NewServer(Options{Exports: []Export{{Backend: newMemDisk(4096)}}})
+			if err != nil {
+				t.Fatal(err)
+			}
+			l, err := tc.lc.Listen("unix:" + address)
+			if err != nil {
+				t.Fatalf("%+v: %v", tc.lc, err)
+			}
+			served := make(chan error, 1)
+			go func() { served <- s.Serve(l) }()
+			uri := URIOf(l.Addr(), "").String()
+			for _, w := range []who{owner, member, primary, other, {}} {
+				want := w.uid == 0 || slices.ContainsFunc(tc.may, func(m who) bool { return m.uid == w.uid })
+				err := as(w.uid, w.gid, w.groups, func() error {
+					c, err := Dial(t.Context(), uri)
+					if err == nil {
+						c.Close()
+					}
+					return err
+				})
+				if (err == nil) != want {
+					t.Errorf("%+v, %s: user %d: %v", tc.lc, address, w.uid, err)
+				}
+			}
+			if refused := s.Metrics().ConnectionsRefused; strings.HasPrefix(address, "@") && refused != uint64(4-len(tc.may)) {
+				t.Errorf("%+v: %d refusals counted", tc.lc, refused)
+			}
+			if _, err := Listen("unix:"+address, 0); !errors.Is(err, ErrSocketBusy) {
+				t.Errorf("%s a second time: %v", address, err)
+			}
+			s.Close()
+			<-served
+		}
+	}
+	for _, lc := range []ListenConfig{{Owner: "nobody-at-all"}, {Group: "no-such-group"}, {Owner: "4294967295"}} {
+		path := filepath.Join(dir, "t")
+		_, err := lc.Listen("unix:" + path)
+		if err == nil {
+			t.Errorf("%+v works", lc)
+		}
+		if _, err := os.Lstat(path); err == nil {
+			t.Errorf("%+v leaves a socket", lc)
+		}
+	}
+	// A socket that cannot be given away is none.
+	path := filepath.Join(dir, "u")
+	if err := os.Chmod(dir, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if err := as(1001, 9, nil, func() error {
+		_, err := ListenConfig{Owner: "root", Mode: 0o666}.Listen("unix:" + path)
+		return err
+	}); !errors.Is(err, unix.EPERM) {
+		t.Errorf("given away by who cannot: %v", err)
+	}
+	if _, err := os.Lstat(path); err == nil {
+		t.Error("and it is there all the same")
+	}
 }

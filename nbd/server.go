@@ -301,7 +301,10 @@ func (s *Server) Serve(l net.Listener) error {
 		nc, err := l.Accept()
 		if err == nil {
 			delay = delayMin
-			s.start(nc)
+			if a, ok := l.(*abstractListener); ok {
+				err = a.permits(nc)
+			}
+			s.start(nc, err)
 			continue
 		}
 		select {
@@ -338,12 +341,16 @@ func acceptAgain(err error) bool {
 	return false
 }
 
-// start serves nc on a goroutine of its own, if there is room for it.
-func (s *Server) start(nc net.Conn) {
+// start serves nc on a goroutine of its own, if there is room for it and no
+// reason not to.
+func (s *Server) start(nc net.Conn, reason error) {
 	s.mu.Lock()
 	var c *conn
-	stopping, full := s.mu.stopping, len(s.mu.conns) >= s.opts.ConnectionsMax
-	if !stopping && !full {
+	stopping := s.mu.stopping
+	if reason == nil && len(s.mu.conns) >= s.opts.ConnectionsMax {
+		reason = errTooManyConnections
+	}
+	if !stopping && reason == nil {
 		c = newConn(s, nc)
 		s.mu.connID++
 		c.id = s.mu.connID
@@ -353,7 +360,7 @@ func (s *Server) start(nc net.Conn) {
 	if c == nil {
 		if !stopping {
 			s.counters.connectionsRefused.Add(1)
-			s.log(Event{Kind: EventRefused, Remote: remoteOf(nc), Err: errTooManyConnections})
+			s.log(Event{Kind: EventRefused, Remote: remoteOf(nc), Err: reason})
 		}
 		nc.Close()
 		return

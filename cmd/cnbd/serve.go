@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"os/user"
 	"path/filepath"
 	"syscall"
 	"time"
@@ -50,6 +51,12 @@ func newServe() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var parent <-chan struct{}
+			if c.ExitWithParent {
+				if parent, err = parentExit(); err != nil {
+					return err
+				}
+			}
 			// Caught from here on, so that a stop while starting is clean too.
 			stop := make(chan os.Signal, 2)
 			signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
@@ -59,7 +66,7 @@ func newServe() *cobra.Command {
 			defer signal.Stop(stop)
 			// Whoever reads the log may go away; the disk must not.
 			signal.Ignore(syscall.SIGPIPE)
-			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr())}
+			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr()), parent: parent}
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
 			}
@@ -76,6 +83,7 @@ func newServe() *cobra.Command {
 type serving struct {
 	config    *config.Config
 	log       zerolog.Logger
+	parent    <-chan struct{} // closed when the parent process has ended; may be nil
 	stores    []*served
 	listeners []net.Listener
 	server    *nbd.Server
@@ -179,6 +187,8 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 	select {
 	case sig := <-stop:
 		s.log.Info().Stringer("signal", sig).Msg("stopping: everything is committed first; a second signal ends at once")
+	case <-s.parent:
+		s.log.Info().Msg("stopping: the parent process has ended; everything is committed first")
 	case err = <-broken:
 		s.log.Error().Err(err).Msg("stopping: a listener has failed")
 	}
@@ -287,7 +297,13 @@ func (s *serving) listen() error {
 		}
 	}
 	for _, a := range addresses {
-		l, err := nbd.Listen(a, c.SocketMode)
+		l, err := nbd.ListenConfig{Mode: c.SocketMode, Owner: c.SocketOwner, Group: c.SocketGroup}.Listen(a)
+		if unknown, ok := errors.AsType[user.UnknownUserError](err); ok {
+			return &config.Fault{Key: "socket-owner", Err: unknown}
+		}
+		if unknown, ok := errors.AsType[user.UnknownGroupError](err); ok {
+			return &config.Fault{Key: "socket-group", Err: unknown}
+		}
 		if err != nil {
 			return err
 		}
