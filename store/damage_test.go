@@ -186,7 +186,7 @@ func TestFlippedBytes(t *testing.T) {
 		}
 	}
 	t.Logf("one of %d bytes of %d: %v", step, total, count)
-	if count.lossy == 0 || count.refused == 0 || count.harmless == 0 {
+	if count.lossy == 0 || count.harmless == 0 || count.refused == 0 && disktest.Scale(t) > 10 {
 		t.Error("an outcome is missing")
 	}
 }
