@@ -8,6 +8,7 @@ import (
 
 	"cnbd/extents"
 	"cnbd/internal/block"
+	"cnbd/internal/disk"
 	"cnbd/internal/mutant"
 )
 
@@ -237,71 +238,28 @@ func (sc *scanner) successor(head segmentHead) (segmentHead, bool, error) {
 func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 	s := sc.s
 	seed := identitySeed(s.geometry.UUID, head.number, head.life, head.serial)
-	base := s.segments.base(head.number)
-	window, start := []byte(nil), from // window holds the bytes from start on
-	ahead := uint32(readChunk)
-	// bytes returns n bytes at off, fewer at the end of the file.
-	bytes := func(off, n uint32) ([]byte, error) {
-		n = min(n, limit-off)
-		if off < start || uint64(off)+uint64(n) > uint64(start)+uint64(len(window)) {
-			want := min(max(n, ahead), limit-off)
-			if want > uint32(len(sc.buf)) {
-				sc.buf = make([]byte, want)
-			}
-			window = nil
-			k, err := s.file.ReadAt(sc.buf[:want], base+int64(off))
-			if err != nil && !errors.Is(err, io.EOF) && want > n {
-				// There is a bad place somewhere: no more at once than must be.
-				ahead, want = n, n
-				k, err = s.file.ReadAt(sc.buf[:want], base+int64(off))
-			}
-			if err != nil && !errors.Is(err, io.EOF) {
-				return nil, fmt.Errorf("store: read segment %d at %d: %w", head.number, off, err)
-			}
-			window, start = sc.buf[:k], off
+	w := &recordWindow{file: s.file, number: head.number, base: s.segments.base(head.number), seed: seed, limit: limit, buf: sc.buf, start: from}
+	defer func() { sc.buf = w.buf }()
+	device := block.Range{End: block.Index(s.geometry.Blocks())}
+	for off := from; off < limit; {
+		h, sum, at, err := w.next(off)
+		if err == nil && h.count > 0 && !device.Covers(block.Span(h.start, h.count)) {
+			err = fmt.Errorf("record does not fit: %w", ErrCorrupt)
 		}
-		w := window[off-start:]
-		return w[:min(int(n), len(w))], nil
-	}
-	stop := func(off uint32, err error) error {
-		if sc.fault == nil {
-			sc.fault = &fault{position{head.number, off, head.serial}, err}
+		if errors.Is(err, ErrCorrupt) {
+			if sc.fault == nil {
+				sc.fault = &fault{position{head.number, at, head.serial}, err}
+			}
+			return sc.probe(at, w)
 		}
-		return sc.probe(off, limit, seed, bytes)
-	}
-	off := from
-	for off < limit {
-		b, err := bytes(off, recordHeader)
+		if err == io.EOF {
+			return nil
+		}
 		if err != nil {
 			return err
 		}
-		if len(b) == 0 || b[0] == 0 && off%alignment == 0 {
-			// The end of the log, unless a record is missing there.
-			return stop(off, fmt.Errorf("no record: %w", ErrCorrupt))
-		}
-		if b[0] == 0 {
-			// Padding up to the next border.
-			border := (off + alignment) &^ (alignment - 1)
-			pad, err := bytes(off, border-off)
-			if err != nil {
-				return err
-			}
-			if !allZero(pad) {
-				return stop(off, fmt.Errorf("padding is not zero: %w", ErrCorrupt))
-			}
-			off = border
-			continue
-		}
-		h, sum, err := decodeHeader(b, seed, off)
-		if err == nil && (uint64(off)+recordHeader+uint64(h.length) > uint64(limit) ||
-			h.count > 0 && !block.Range{End: block.Index(s.geometry.Blocks())}.Covers(block.Span(h.start, h.count))) {
-			err = fmt.Errorf("record does not fit: %w", ErrCorrupt)
-		}
-		if err != nil {
-			return stop(off, err)
-		}
 		r := scanned{header: h, segment: head.number, sum: sum}
-		payload, err := bytes(off+recordHeader, h.length)
+		payload, err := w.bytes(at+recordHeader, h.length)
 		r.err = err
 		r.bad = err != nil || uint32(len(payload)) != h.length || h.length > 0 && crc32.Update(seed, castagnoli, payload) != h.checksum && !mutant.Is(mutant.LogUnverified)
 		if h.kind == recordCommit && !r.bad {
@@ -310,12 +268,7 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 		}
 		sc.durable = max(sc.durable, h.durable)
 		sc.end.epochs = max(sc.end.epochs, h.epoch)
-		off += recordHeader + h.length
-		if h.kind == recordCommit {
-			// Nothing stands before the border, and what does is not looked at: a
-			// power cut may have left the commit whole and its padding as it was.
-			off = (off + alignment - 1) &^ (alignment - 1)
-		}
+		off = h.end(at)
 		r.end = position{head.number, off, head.serial}
 		if sc.fault == nil {
 			sc.records = append(sc.records, r)
@@ -324,19 +277,109 @@ func (sc *scanner) scanSegment(head segmentHead, from, limit uint32) error {
 	return nil
 }
 
+// end is where, behind this record at offset at, the next one is looked for.
+func (h *header) end(at uint32) uint32 {
+	off := at + recordHeader + h.length
+	if h.kind == recordCommit {
+		// Nothing stands before the border, and what does is not looked at: a
+		// power cut may have left the commit whole and its padding as it was.
+		off = (off + alignment - 1) &^ (alignment - 1)
+	}
+	return off
+}
+
+// A recordWindow reads the records of one segment, with read-ahead.
+type recordWindow struct {
+	file   disk.File
+	number uint32 // of the segment
+	base   int64  // of the segment in the file
+	seed   uint32 // of its checksums
+	limit  uint32 // offset at which its records end
+
+	buf   []byte // may be used; it grows to what one record needs
+	ahead uint32 // bytes to be read at once; 0 is readChunk
+	start uint32 // offset in the segment of data
+	data  []byte // what was read
+}
+
+// bytes returns n bytes at off, fewer at the limit and at the end of the file.
+// They stand until the next call.
+func (w *recordWindow) bytes(off, n uint32) ([]byte, error) {
+	n = min(n, w.limit-off)
+	if off < w.start || uint64(off)+uint64(n) > uint64(w.start)+uint64(len(w.data)) {
+		if w.ahead == 0 {
+			w.ahead = readChunk
+		}
+		want := min(max(n, w.ahead), w.limit-off)
+		if want > uint32(len(w.buf)) {
+			w.buf = make([]byte, want)
+		}
+		w.data = nil
+		k, err := w.file.ReadAt(w.buf[:want], w.base+int64(off))
+		if err != nil && !errors.Is(err, io.EOF) && want > n {
+			// There is a bad place somewhere: no more at once than must be.
+			w.ahead, want = n, n
+			k, err = w.file.ReadAt(w.buf[:want], w.base+int64(off))
+		}
+		if err != nil && !errors.Is(err, io.EOF) {
+			return nil, fmt.Errorf("store: read segment %d at %d: %w", w.number, off, err)
+		}
+		w.data, w.start = w.buf[:k], off
+	}
+	d := w.data[off-w.start:]
+	return d[:min(int(n), len(d))], nil
+}
+
+// next finds the record that stands at off or, if there is padding, at the next
+// border, and returns its header, with the checksum of that, and where it is. An
+// error that wraps ErrCorrupt says that there is none, or none that can be parsed,
+// at that place; io.EOF that only padding was left; any other that it could not be
+// read. REQUIRES: off < w.limit.
+func (w *recordWindow) next(off uint32) (h header, sum, at uint32, err error) {
+	for {
+		b, err := w.bytes(off, recordHeader)
+		if err != nil {
+			return h, 0, off, err
+		}
+		if len(b) == 0 || b[0] == 0 && off%alignment == 0 {
+			// The end of the log, unless a record is missing there.
+			return h, 0, off, fmt.Errorf("no record: %w", ErrCorrupt)
+		}
+		if b[0] != 0 {
+			h, sum, err = decodeHeader(b, w.seed, off)
+			if err == nil && uint64(off)+recordHeader+uint64(h.length) > uint64(w.limit) {
+				err = fmt.Errorf("record does not fit: %w", ErrCorrupt)
+			}
+			return h, sum, off, err
+		}
+		// Padding up to the next border.
+		border := (off + alignment) &^ (alignment - 1)
+		pad, err := w.bytes(off, border-off)
+		if err != nil {
+			return h, 0, off, err
+		}
+		if !allZero(pad) {
+			return h, 0, off, fmt.Errorf("padding is not zero: %w", ErrCorrupt)
+		}
+		if off = border; off >= w.limit {
+			return h, 0, off, io.EOF
+		}
+	}
+}
+
 // probe looks, behind a place that cannot be parsed, for records that can, at
 // the borders where commits begin a new one, and learns what they name as
 // durable. Their contents are not used.
-func (sc *scanner) probe(off, limit, seed uint32, bytes func(off, n uint32) ([]byte, error)) error {
-	for off = (off + alignment) &^ (alignment - 1); off < limit; off += alignment {
-		b, err := bytes(off, recordHeader)
+func (sc *scanner) probe(off uint32, w *recordWindow) error {
+	for off = (off + alignment) &^ (alignment - 1); off < w.limit; off += alignment {
+		b, err := w.bytes(off, recordHeader)
 		if err != nil {
 			return err
 		}
 		if len(b) < recordHeader {
 			return nil
 		}
-		if h, _, err := decodeHeader(b, seed, off); err == nil {
+		if h, _, err := decodeHeader(b, w.seed, off); err == nil {
 			sc.durable = max(sc.durable, h.durable)
 			sc.end.epochs = max(sc.end.epochs, h.epoch)
 		}
