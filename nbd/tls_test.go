@@ -267,6 +267,25 @@ func TestTLSOrder(t *testing.T) {
 			t.Errorf("ended with %v", err)
 		}
 	})
+	// What was agreed on before is forgotten, with the export that was chosen.
+	t.Run("after STRUCTURED_REPLY", func(t *testing.T) {
+		rc := s.raw()
+		rc.get(18)
+		rc.put(appendOption(hello, optStructured, nil))
+		mustEqual(t, "agreed", rc.get(optReplySize), appendOptReply(nil, optStructured, repAck, nil))
+		rc.put(appendOption(nil, optStartTLS, nil))
+		mustEqual(t, "STARTTLS", rc.get(optReplySize), appendOptReply(nil, optStartTLS, repAck, nil))
+		rc.Conn = tls.Client(rc.Conn, s.tls)
+		rc.put(appendOption(nil, optExportName, nil))
+		rc.get(10)
+		rc.request(CmdRead, 3, 0, 4)
+		if e, cookie := rc.reply(); e != 0 || cookie != 3 { // a simple one
+			t.Errorf("answer %v to %d", e, cookie)
+		}
+		rc.get(4)
+		rc.Close()
+		<-ended
+	})
 	t.Run("before the greeting is answered", func(t *testing.T) {
 		rc := s.raw()
 		rc.get(18)

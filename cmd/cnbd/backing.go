@@ -1,7 +1,6 @@
 package main
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -10,7 +9,7 @@ import (
 	"strings"
 
 	"cnbd/config"
-	"cnbd/internal/block"
+	"cnbd/device"
 	"cnbd/internal/compression"
 	"cnbd/internal/disk"
 	"cnbd/store"
@@ -61,32 +60,24 @@ func geometryFor(c *config.Config, e *config.Export, fixed uint64) (store.Geomet
 	if err != nil {
 		return store.Geometry{}, err
 	}
-	size, capacity := uint64(e.Size), uint64(e.Capacity)
-	if size > store.DeviceSizeMax {
+	g := device.CreateOptions{
+		Bytes: uint64(e.Size), CapacityBytes: uint64(e.Capacity), Codec: &setting, ExtentBytes: uint32(c.Extent),
+		DirtyBytesMax: uint64(c.DirtyLimit()), CheckpointBytes: uint64(c.CheckpointInterval),
+	}.Geometry()
+	if g.DeviceSize > store.DeviceSizeMax {
 		return store.Geometry{}, &config.Fault{Key: "size", Where: "--size", Err: fmt.Errorf("%v is out of range: at most %v", e.Size, config.Size(store.DeviceSizeMax))}
 	}
-	segment := store.DefaultSegmentSize(size)
-	if capacity != 0 {
-		segment = min(segment, store.DefaultSegmentSize(capacity))
-	} else {
-		capacity = store.DefaultCapacity(size, segment, uint64(c.DirtyLimit()), uint64(c.CheckpointInterval))
-	}
 	if fixed != 0 { // a block device: what it has
+		most := store.FitCapacity(fixed, g.SegmentSize)
 		if e.Capacity == 0 {
-			capacity = min(capacity, store.FitCapacity(fixed, segment))
+			g.Capacity = min(g.Capacity, most)
 		}
-		if most := store.FitCapacity(fixed, segment); capacity > most {
-			return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v do not fit: the block device has room for %v", config.Size(capacity), config.Size(most))}
+		if g.Capacity > most {
+			return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v do not fit: the block device has room for %v", config.Size(g.Capacity), config.Size(most))}
 		}
 	}
-	if least := store.MinCapacity(segment); capacity < least {
-		return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v is too little: at least %v", config.Size(capacity), config.Size(least))}
-	}
-	g := store.Geometry{
-		DeviceSize: size, Capacity: capacity, SegmentSize: segment,
-		ExtentBlocks: uint32(cmp.Or(c.Extent, 64*config.KiB)) / block.Size,
-		Codec:        uint8(setting.Codec), Level: uint8(setting.Level),
-		DirtyMax: uint64(c.DirtyLimit()),
+	if least := store.MinCapacity(g.SegmentSize); g.Capacity < least {
+		return store.Geometry{}, &config.Fault{Key: "capacity", Where: "--capacity", Err: fmt.Errorf("%v is too little: at least %v", config.Size(g.Capacity), config.Size(least))}
 	}
 	if err := g.Validate(); err != nil {
 		return store.Geometry{}, usage(err)

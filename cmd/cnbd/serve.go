@@ -21,6 +21,7 @@ import (
 
 	"cnbd/config"
 	"cnbd/device"
+	"cnbd/export"
 	"cnbd/internal/block"
 	"cnbd/internal/compression"
 	"cnbd/internal/control"
@@ -212,7 +213,7 @@ func (s *serving) backend(ctx context.Context, v *served) (nbd.Backend, error) {
 		return nil, context.Cause(ctx)
 	}
 	if v.device != nil {
-		return backend{v.device}, nil
+		return export.Backend(v.device), nil
 	}
 	err := v.acquire(s.config)
 	if err == nil {
@@ -222,7 +223,7 @@ func (s *serving) backend(ctx context.Context, v *served) (nbd.Backend, error) {
 		s.log.Error().Err(err).Str("export", v.export.Name).Msg("not available")
 		return nil, err
 	}
-	return backend{v.device}, nil
+	return export.Backend(v.device), nil
 }
 
 // acquire locks the store of v, if there is one, and looks whether it is what

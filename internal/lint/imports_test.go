@@ -30,6 +30,8 @@ var allowed = map[string][]string{
 	"cmd/cnbd": all,
 	"bench":    all,
 
+	"export": {"device", "nbd"},
+
 	"device":    and(leaves, "asyncq", "delalloc", "extents", "pagecache", "store"),
 	"delalloc":  and(leaves, "asyncq", "extents"),
 	"store":     and(leaves, "extents"),

@@ -1,4 +1,7 @@
-package main
+// Package export shows a device as what an NBD server serves. The packages device
+// and nbd do not know each other; a program that joins them, as cmd/cnbd does, needs
+// this between.
+package export
 
 import (
 	"context"
@@ -7,8 +10,10 @@ import (
 	"cnbd/nbd"
 )
 
-// backend shows a device as what the server serves. The two packages do not know
-// each other.
+// Backend is d for an export of a server. It must be served no more when d is
+// closed.
+func Backend(d *device.Device) nbd.Backend { return backend{d} }
+
 type backend struct{ d *device.Device }
 
 func (b backend) Size() uint64   { return b.d.Bytes() }
