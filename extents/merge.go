@@ -19,6 +19,17 @@ type Usage interface {
 	Node(p Pointer, delta int)
 }
 
+// An Evacuation names nodes that Merge shall write to new places although
+// nothing in them has changed, so that the old places become free.
+type Evacuation struct {
+	// Keys are blocks, ascending, below which such nodes may be: the first
+	// blocks of their ranges.
+	Keys []block.Index
+	// From tells whether a segment is to be left. It is called for the nodes on
+	// the way to each of Keys. It must not be nil if there are Keys.
+	From func(segment uint32) bool
+}
+
 // Merge makes the tree of a checkpoint: root, with changes entered over it, and
 // with the trims of changes and of pending applied. pending is older than
 // changes and hides what it covers of root; so the caller, too, asks changes
@@ -37,16 +48,18 @@ type Usage interface {
 // knows what it was. Any other error ends the merge; then there is no new root,
 // what usage was told is void, and what was written is garbage.
 //
+// Nodes that evacuation names are written anew, with all those above them.
+//
 // New nodes are written children before parents. Memory is bounded by a few
 // nodes for each level, and by the trims that are left.
-func (t *Tree) Merge(root Root, changes *Overlay, pending *RangeSet, leafBudget int, usage Usage) (Root, *RangeSet, error) {
+func (t *Tree) Merge(root Root, changes *Overlay, pending *RangeSet, leafBudget int, evacuation Evacuation, usage Usage) (Root, *RangeSet, error) {
 	if changes == nil {
 		changes = NewOverlay()
 	}
 	if pending == nil {
 		pending = NewRangeSet()
 	}
-	m := &merger{t: t, changes: changes, pending: pending, budget: leafBudget, usage: usage, left: NewRangeSet()}
+	m := &merger{t: t, changes: changes, pending: pending, budget: leafBudget, evacuation: evacuation, usage: usage, left: NewRangeSet()}
 	all := block.Range{End: keyEnd}
 	var err error
 	if root.Height == 0 {
@@ -80,6 +93,8 @@ type merger struct {
 	pending *RangeSet
 	budget  int
 	usage   Usage
+
+	evacuation Evacuation
 
 	// left is what will be pending: the trims of the children that were kept.
 	left *RangeSet
@@ -134,7 +149,7 @@ func (m *merger) visit(level uint8, c child, route block.Range) error {
 		return err
 	case level > 0:
 		return m.visitChildren(frame{level: level, self: c, node: n, hot: hot}, route)
-	case !m.alters(n, route):
+	case !m.alters(n, route) && !m.evacuates(c, route):
 		return m.keep(level, c)
 	}
 	if err := m.touch(); err != nil {
@@ -190,7 +205,50 @@ func (m *merger) concern(i block.Index) block.Index {
 	if r, ok := m.pending.after(i); ok {
 		first = min(first, r.Start)
 	}
+	if k, ok := m.evacuation.after(i); ok {
+		first = min(first, k)
+	}
 	return max(first, i)
+}
+
+// after is the first key at or behind block i.
+func (e *Evacuation) after(i block.Index) (block.Index, bool) {
+	n, _ := slices.BinarySearch(e.Keys, i)
+	if n == len(e.Keys) {
+		return 0, false
+	}
+	return e.Keys[n], true
+}
+
+// evacuating reports whether a node below route may have to leave its place.
+func (m *merger) evacuating(route block.Range) bool {
+	k, ok := m.evacuation.after(route.Start)
+	return ok && k < route.End
+}
+
+// evacuates reports whether the leaf c, or a node above it that would otherwise
+// be kept, has to leave its place. Writing a leaf anew does that for all those above.
+func (m *merger) evacuates(c child, route block.Range) bool {
+	if !m.evacuating(route) {
+		return false
+	}
+	leaves := func(p Pointer) bool {
+		for _, at := range p.Places[:p.Copies] {
+			if m.evacuation.From(at.Segment) {
+				return true
+			}
+		}
+		return false
+	}
+	if leaves(c.Pointer) {
+		return true
+	}
+	for i := range m.path {
+		if f := &m.path[i]; !f.dirty && leaves(f.self.Pointer) {
+			return true
+		}
+	}
+	return false
 }
 
 // concerned reports whether the node of this level and range has to be read,
@@ -211,7 +269,7 @@ func (m *merger) concerned(level uint8, keys, route block.Range) bool {
 		}
 		return !must
 	})
-	if must {
+	if must || m.evacuating(route) {
 		return true
 	}
 	if m.budget <= 0 || !trimmed && !m.pending.Overlaps(keys) {

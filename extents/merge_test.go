@@ -29,6 +29,8 @@ type mapModel struct {
 	got     mapCells // for compose
 	usage   *usageTotals
 	leaked  *usageTotals // of nodes that were found unreadable
+
+	evacuated int // nodes that had to leave their places
 }
 
 func newMapModel(t *testing.T, rand *rand.Rand, blocks, nodeSize int, opts TreeOptions) *mapModel {
@@ -198,10 +200,24 @@ func (m *mapModel) merge(leafBudget int) {
 	m.t.Helper()
 	_, nodes, _ := m.reach()
 	damaged := m.damaged(nodes)
+	// Now and then the nodes of one segment have to leave it.
+	var evacuation Evacuation
+	var leaving []WalkNode
+	if len(nodes) > 0 && m.rand.IntN(2) == 0 {
+		segment := nodes[m.rand.IntN(len(nodes))].Places[0].Segment
+		evacuation.From = func(n uint32) bool { return n == segment }
+		for _, w := range nodes {
+			if w.Places[0].Segment == segment || w.Copies == 2 && w.Places[1].Segment == segment {
+				evacuation.Keys = append(evacuation.Keys, w.Keys.Start)
+				leaving = append(leaving, w)
+			}
+		}
+		slices.Sort(evacuation.Keys)
+	}
 	pendingBefore := m.pending.Append(nil)
 	var before, after []Extent
 	m.overlay.Ascend(0, func(e Extent) bool { before = append(before, e); return true })
-	root, left, err := m.tree.Merge(m.root, m.overlay, m.pending, leafBudget, m.usage)
+	root, left, err := m.tree.Merge(m.root, m.overlay, m.pending, leafBudget, evacuation, m.usage)
 	if err != nil {
 		m.t.Fatal(err)
 	}
@@ -217,6 +233,12 @@ func (m *mapModel) merge(leafBudget int) {
 		if int(w.Length) > m.tree.nodeSize {
 			m.t.Fatalf("node of %d bytes", w.Length)
 		}
+	}
+	for _, w := range leaving {
+		if slices.ContainsFunc(nodes, func(n WalkNode) bool { return n.Pointer == w.Pointer }) {
+			m.t.Fatalf("the node of %v of level %d is still in segment %d", w.Keys, w.Level, w.Places[0].Segment)
+		}
+		m.evacuated++
 	}
 	for _, below := range damaged {
 		m.leaked.addAll(below)
@@ -277,8 +299,8 @@ func TestMergeModel(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			rand := rand.New(rand.NewPCG(seed, uint64(100+i)))
 			heights := make(map[uint8]int)
-			trimmed, lostBlocks, highest := 0, 0, uint8(0)
-			tame := func() bool { return trimmed == 0 || lostBlocks == 0 || highest < c.heightMin }
+			trimmed, lostBlocks, evacuated, highest := 0, 0, 0, uint8(0)
+			tame := func() bool { return trimmed == 0 || lostBlocks == 0 || evacuated == 0 || highest < c.heightMin }
 			// As often as asked for, and until it was wild enough.
 			for run := 0; run < disktest.Scale(t) || run < 20 && tame(); run++ {
 				m := newMapModel(t, rand, c.blocks, c.nodeSize, TreeOptions{CacheBytes: c.cache})
@@ -306,6 +328,8 @@ func TestMergeModel(t *testing.T) {
 					heights[m.root.Height]++
 					highest = max(highest, m.root.Height)
 					trimmed += m.pending.Len()
+					evacuated += m.evacuated
+					m.evacuated = 0
 					for _, cell := range m.cells {
 						if cell.kind == Lost {
 							lostBlocks++
@@ -337,9 +361,9 @@ func TestMergeModel(t *testing.T) {
 				}
 				m.usage.diff(t, m.leaked)
 			}
-			t.Logf("merges by height %v, %d pending trims, %d lost blocks in all", heights, trimmed, lostBlocks)
+			t.Logf("merges by height %v, %d pending trims, %d lost blocks, %d nodes evacuated in all", heights, trimmed, lostBlocks, evacuated)
 			if tame() {
-				t.Errorf("the run was too tame: %d pending trims, %d lost blocks, height %d", trimmed, lostBlocks, highest)
+				t.Errorf("the run was too tame: %d pending trims, %d lost blocks, %d nodes evacuated, height %d", trimmed, lostBlocks, evacuated, highest)
 			}
 		})
 	}
@@ -366,7 +390,7 @@ func TestMergeBigTrim(t *testing.T) {
 	for ; merges == 0 || pending.Len() > 0; merges++ {
 		reads := store.reads
 		var err error
-		if root, pending, err = tree.Merge(root, overlay, pending, budget, usage); err != nil {
+		if root, pending, err = tree.Merge(root, overlay, pending, budget, Evacuation{}, usage); err != nil {
 			t.Fatal(err)
 		}
 		// One more for the leaf under the new data, two for coalescing; each leaf
@@ -423,7 +447,7 @@ func TestMergeIsLocal(t *testing.T) {
 		o.Insert(c.e)
 		usage := newUsageTotals()
 		writes := store.writes
-		next, left, err := tree.Merge(root, o, nil, 0, usage)
+		next, left, err := tree.Merge(root, o, nil, 0, Evacuation{}, usage)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -437,10 +461,10 @@ func TestMergeIsLocal(t *testing.T) {
 	}
 	// Nothing to do is nothing done.
 	reads := store.reads
-	if next, left, err := tree.Merge(root, nil, nil, 100, newUsageTotals()); err != nil || next != root || left.Len() != 0 || store.reads != reads {
+	if next, left, err := tree.Merge(root, nil, nil, 100, Evacuation{}, newUsageTotals()); err != nil || next != root || left.Len() != 0 || store.reads != reads {
 		t.Errorf("a merge of nothing: %+v, %v", next, err)
 	}
-	if next, left, err := tree.Merge(Root{}, nil, nil, 100, newUsageTotals()); err != nil || next != (Root{}) || left.Len() != 0 {
+	if next, left, err := tree.Merge(Root{}, nil, nil, 100, Evacuation{}, newUsageTotals()); err != nil || next != (Root{}) || left.Len() != 0 {
 		t.Errorf("a merge of nothing into nothing: %+v, %v", next, err)
 	}
 }
@@ -459,7 +483,7 @@ func TestMergeCoalesces(t *testing.T) {
 				overlay.Insert(holeExtent(block.Index(i)*32, block.Index(i+1)*32))
 			}
 			if i == n-1 || oneByOne && i%500 == 0 {
-				if root, _, err = tree.Merge(root, overlay, nil, 0, newUsageTotals()); err != nil {
+				if root, _, err = tree.Merge(root, overlay, nil, 0, Evacuation{}, newUsageTotals()); err != nil {
 					t.Fatal(err)
 				}
 				overlay = NewOverlay()
@@ -521,14 +545,14 @@ func TestMergeFails(t *testing.T) {
 		overlay.Insert(dataExtent(block.Index(i)*32+16, uint32(i)*4, 4))
 	}
 	store.failRead = io.ErrUnexpectedEOF
-	if r, left, err := NewTree(store, TreeOptions{}).Merge(root, overlay, nil, 0, nopUsage{}); !errors.Is(err, io.ErrUnexpectedEOF) || r != (Root{}) || left != nil {
+	if r, left, err := NewTree(store, TreeOptions{}).Merge(root, overlay, nil, 0, Evacuation{}, nopUsage{}); !errors.Is(err, io.ErrUnexpectedEOF) || r != (Root{}) || left != nil {
 		t.Errorf("failed read: %+v, %v", r, err)
 	}
 	store.failRead = nil
 	want := 0
 	for fail := 1; ; fail++ {
 		store.failAt = store.writes + fail
-		r, _, err := tree.Merge(root, overlay, nil, 0, nopUsage{})
+		r, _, err := tree.Merge(root, overlay, nil, 0, Evacuation{}, nopUsage{})
 		if err == nil {
 			if fail == 1 || r.Entries != 10000 {
 				t.Errorf("%d writes, %d extents", fail-1, r.Entries)
@@ -569,7 +593,7 @@ func TestMergeKeepsCacheWarm(t *testing.T) {
 	o.Insert(dataExtent(100*32, 1, 16))
 	o.Insert(dataExtent(40000*32, 1, 16))
 	var err error
-	if root, _, err = tree.Merge(root, o, nil, 0, nopUsage{}); err != nil {
+	if root, _, err = tree.Merge(root, o, nil, 0, Evacuation{}, nopUsage{}); err != nil {
 		t.Fatal(err)
 	}
 	if n := look(100); n != 0 {

@@ -1,6 +1,7 @@
 package extents
 
 import (
+	"encoding/binary"
 	"fmt"
 	"sync/atomic"
 
@@ -131,6 +132,49 @@ func (t *Tree) lookup(level uint8, c child, r block.Range, visit func(Extent) er
 
 // lost is the extent that says that r is lost.
 func lost(r block.Range) Extent { return Extent{Start: r.Start, Count: r.Len(), Kind: Lost} }
+
+// Locate returns where the node of this level is that answers for block i. ok is
+// false if there is none, or if a node above it is unreadable; err is as of
+// Lookup. It blocks for I/O where nodes are not cached.
+func (t *Tree) Locate(root Root, level uint8, i block.Index) (p Pointer, ok bool, err error) {
+	if level >= root.Height {
+		return p, false, nil
+	}
+	c := root.child()
+	for at := root.Height - 1; ; at-- {
+		if i < c.keys.Start || i >= c.keys.End {
+			return p, false, nil
+		}
+		if at == level {
+			return c.Pointer, true, nil
+		}
+		n, err := t.load(at, c)
+		if isLost(err) {
+			return p, false, nil
+		} else if err != nil {
+			return p, false, err
+		}
+		cur, k := n.seek(i)
+		found := false
+		for ; k < n.count && cur.end <= i && !found; k++ {
+			c = n.child(&cur)
+			found = c.keys.End > i
+		}
+		if !found {
+			return p, false, nil
+		}
+	}
+}
+
+// NodeKey returns the level of the node whose stored form data is, and the first
+// block that it answers for. It looks at no more than that; ok is false if data
+// is no node.
+func NodeKey(data []byte) (level uint8, first block.Index, ok bool) {
+	if len(data) <= nodeHeaderSize || string(data[:4]) != nodeMagic || data[4] != nodeVersion {
+		return 0, 0, false
+	}
+	return data[5], block.Index(binary.LittleEndian.Uint64(data[8:])), true
+}
 
 // A WalkNode is a node as Walk found it.
 type WalkNode struct {

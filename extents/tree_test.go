@@ -68,7 +68,7 @@ func (s *memNodes) WriteNode(level uint8, data []byte) (Pointer, error) {
 	p := Pointer{Copies: uint8(Copies(level)), Length: uint16(len(data))}
 	data = append([]byte(nil), data...)
 	for i := range p.Copies {
-		p.Places[i] = Place{Segment: s.offset >> 20, Offset: s.offset & (1<<20 - 1), Checksum: crc32.ChecksumIEEE(data)}
+		p.Places[i] = Place{Segment: s.offset >> 14, Offset: s.offset & (1<<14 - 1), Checksum: crc32.ChecksumIEEE(data)}
 		s.offset += uint32(len(data)) + 32
 		s.nodes[p.Places[i]] = data
 	}
@@ -110,6 +110,40 @@ func add[K comparable, V int | int64](m map[K]V, k K, v V) {
 	}
 }
 
+// TestLocate: every node is found by its level and any of its blocks, and none is
+// where there is none.
+func TestLocate(t *testing.T) {
+	tree, store, root := bulkTree(t, 20000, 5, false)
+	if root.Height < 2 {
+		t.Fatalf("a tree of %d levels", root.Height)
+	}
+	err := tree.Walk(root, func(w WalkNode) error {
+		for _, i := range []block.Index{w.Keys.Start, w.Keys.End - 1} {
+			if p, ok, err := tree.Locate(root, w.Level, i); err != nil || !ok || p != w.Pointer {
+				t.Errorf("node of level %d for block %d: %+v, %v, %v, expected %+v", w.Level, i, p, ok, err, w.Pointer)
+			}
+		}
+		if level, first, ok := NodeKey(store.nodes[w.Places[0]]); !ok || level != w.Level || first != w.Keys.Start {
+			t.Errorf("node of level %d for %v has the key %d of level %d, %v", w.Level, w.Keys, first, level, ok)
+		}
+		return nil
+	}, func(Extent) error { return nil })
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range []struct {
+		level uint8
+		at    block.Index
+	}{{root.Height, 0}, {root.Height - 1, root.Keys.End}, {0, root.Keys.End}} {
+		if p, ok, err := tree.Locate(root, c.level, c.at); ok || err != nil {
+			t.Errorf("level %d at block %d: %+v, %v", c.level, c.at, p, err)
+		}
+	}
+	if _, _, ok := NodeKey([]byte("CNMN")); ok {
+		t.Error("four bytes are no node")
+	}
+}
+
 // bulkTree is a tree of n extents of 16 blocks, each followed by a hole of as
 // many, made in some merges of random extents, or in sequence.
 func bulkTree(t testing.TB, n, merges int, sequential bool) (*Tree, *memNodes, Root) {
@@ -138,7 +172,7 @@ func bulkTree(t testing.TB, n, merges int, sequential bool) (*Tree, *memNodes, R
 				Addr: Addr{Segment: segment, Offset: offset - length, Length: length, Checksum: rand.Uint32(), Blocks: 16, Codec: 1, Level: 3}})
 		}
 		var err error
-		if root, _, err = tree.Merge(root, o, nil, 0, usage); err != nil {
+		if root, _, err = tree.Merge(root, o, nil, 0, Evacuation{}, usage); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -330,7 +364,7 @@ func TestTreeMissesShareOneRead(t *testing.T) {
 		tree := NewTree(store, TreeOptions{})
 		o := NewOverlay()
 		o.Insert(dataExtent(0, 1, 4))
-		root, _, err := tree.Merge(Root{}, o, nil, 0, newUsageTotals())
+		root, _, err := tree.Merge(Root{}, o, nil, 0, Evacuation{}, newUsageTotals())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -460,7 +494,7 @@ func TestTreeLookupDuringMerge(t *testing.T) {
 		for range 100 {
 			o.Insert(dataExtent(block.Index(rand.IntN(5000))*32, rand.Uint32(), 16))
 		}
-		next, _, err := tree.Merge(*current.Load(), o, nil, 0, newUsageTotals())
+		next, _, err := tree.Merge(*current.Load(), o, nil, 0, Evacuation{}, newUsageTotals())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -506,7 +540,7 @@ func BenchmarkTreeMerge(b *testing.B) {
 			writes := store.writes
 			b.ReportAllocs()
 			for b.Loop() {
-				if _, _, err := tree.Merge(root, o, nil, 0, nopUsage{}); err != nil {
+				if _, _, err := tree.Merge(root, o, nil, 0, Evacuation{}, nopUsage{}); err != nil {
 					b.Fatal(err)
 				}
 			}

@@ -53,7 +53,7 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	root, trims, sequence, totals := s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes
 	s.mu.RUnlock()
 
-	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, &accounting{s.segments, &totals})
+	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, extents.Evacuation{}, &accounting{s.segments, &totals})
 	if err != nil {
 		return err
 	}
