@@ -57,7 +57,7 @@ func newPowerCuts(t *testing.T, seed uint64, blocks, bit int64) *powerCuts {
 	t.Cleanup(p.decoder.Close)
 	p.opts = Options{CacheBytes: block.Size * 8 << rng.IntN(4), PayloadBytes: 128 * block.Size, MapCacheBytes: 32 << 10, Workers: 2,
 		CheckpointBytes: 4 << 10 << rng.IntN(5), CommitInterval: 300 * time.Microsecond << rng.IntN(4),
-		WritebackPeriod: 200 * time.Microsecond, DirtyExpire: 300 * time.Microsecond << rng.IntN(4)}
+		WritebackPeriod: 200 * time.Microsecond, DirtyExpire: 300 * time.Microsecond << rng.IntN(4), CleanPeriod: 100 * time.Microsecond << rng.IntN(6)}
 	g := testGeometry(uint64(p.size), []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)])
 	g.ExtentBlocks = 4 << rng.IntN(4)
 	g.Capacity = 24 * store.SegmentSizeMin
@@ -120,6 +120,7 @@ func (p *powerCuts) end(d *Device) error {
 	p.stats.Checkpoints += st.Checkpoints
 	p.stats.Commits += st.Commits
 	p.stats.LogWritten += st.LogWritten
+	p.stats.Moved += st.Moved
 	m := d.cache.Metrics()
 	p.frozen += m.WritesFrozen + m.TrimsFrozen
 	defer p.disk.SetHook(nil)
@@ -298,10 +299,11 @@ func runPowerCuts(t *testing.T, f func(t *testing.T, seed uint64) (*powerCuts, e
 		sum.stats.Commits += p.stats.Commits
 		sum.stats.Checkpoints += p.stats.Checkpoints
 		sum.stats.LogWritten += p.stats.LogWritten
+		sum.stats.Moved += p.stats.Moved
 		sum.frozen += p.frozen
 	}
-	t.Logf("%d histories, %d power cuts, %d recoveries; %d commits, %d checkpoints, %d MiB of log, %d frozen blocks changed; %v", sum.histories,
-		sum.cuts, sum.recoveries, sum.stats.Commits, sum.stats.Checkpoints, sum.stats.LogWritten>>20, sum.frozen, time.Since(start).Round(time.Millisecond))
+	t.Logf("%d histories, %d power cuts, %d recoveries; %d commits, %d checkpoints, %d MiB of log, %d KiB moved, %d frozen blocks changed; %v", sum.histories,
+		sum.cuts, sum.recoveries, sum.stats.Commits, sum.stats.Checkpoints, sum.stats.LogWritten>>20, sum.stats.Moved>>10, sum.frozen, time.Since(start).Round(time.Millisecond))
 	if sum.histories > 50 && sum.stats.Checkpoints == 0 {
 		t.Error("no history reached a checkpoint")
 	}
@@ -322,7 +324,7 @@ func oneClient(t *testing.T, seed uint64) (*powerCuts, error) {
 	hist := disktest.NewHistory(seed, disktest.HistoryOptions{Size: p.size, RequestMax: 32 << 10})
 	quiet := seed%2 == 0
 	if quiet {
-		p.opts.CommitInterval, p.opts.CheckpointBytes = time.Hour, 1<<30
+		p.opts.CommitInterval, p.opts.CheckpointBytes, p.opts.CleanPeriod = time.Hour, 1<<30, time.Hour
 	}
 	type mark struct {
 		at    int64 // the operation of the disk after which it was durable
@@ -402,11 +404,14 @@ func manyClients(t *testing.T, seed uint64) (*powerCuts, error) {
 			wg.Go(func() { errs[c] = cutClient(t.Context(), d, log, rng, c, blocks) })
 		}
 		stop := make(chan struct{})
-		stalled := make(chan struct{})
-		go func() { stall(d, stop); close(stalled) }()
+		var beside sync.WaitGroup
+		beside.Go(func() { stall(d, stop) })
+		if p.rng.IntN(2) == 0 {
+			beside.Go(func() { compact(d, stop) })
+		}
 		wg.Wait()
 		close(stop)
-		<-stalled
+		beside.Wait()
 		if err := errors.Join(errs...); err != nil {
 			return p, errors.Join(err, d.Abort())
 		}
@@ -454,6 +459,20 @@ func stall(d *Device, stop chan struct{}) {
 			e.State.Unlock(first, owner, 0, 0)
 		}
 		time.Sleep(100 * time.Microsecond) // for who waits
+	}
+}
+
+// compact has the cleaner at work all the time.
+func compact(d *Device, stop chan struct{}) {
+	for {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		if d.store.Compact(context.Background(), nil) != nil {
+			return // the history ends with the same
+		}
 	}
 }
 

@@ -85,6 +85,10 @@ type Options struct {
 	// Default 128 Ki.
 	CheckpointRecords uint64
 
+	// CleanPeriod is how often the cleaner looks whether there is something to
+	// do. Default 1 s.
+	CleanPeriod time.Duration
+
 	// Warn is told of damage, failures, and what else an administrator should
 	// know. It may be nil.
 	Warn func(msg string, err error)
@@ -110,6 +114,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.DirtyExpire == 0 {
 		o.DirtyExpire = 30 * time.Second
+	}
+	if o.CleanPeriod == 0 {
+		o.CleanPeriod = time.Second
 	}
 	if o.Warn == nil {
 		o.Warn = func(string, error) {}
@@ -142,7 +149,7 @@ type Device struct {
 	scratch  *buffer.Pool // stored and decoded bytes of extents being read
 
 	owners atomic.Uint64 // of range locks; delalloc has number 1
-	room   sync.Mutex    // one at a time forces checkpoints for want of space
+	room   sync.Mutex    // one at a time forces checkpoints for trims
 
 	mu     sync.RWMutex
 	closed bool // guarded by mu
@@ -239,6 +246,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 		Pressure:   d.cache.WaitersForDirty,
 		Failed:     func(err error) { o.Warn("a commit has failed", err) },
 	})
+	d.store.StartCleaning(store.CleanerOptions{Recoder: &recoder{d.decoder, compression.NewEncoder(), d.codec}, Period: o.CleanPeriod})
 	return d, nil
 }
 
@@ -284,6 +292,7 @@ func (d *Device) Close() error {
 	if d.opts.ReadOnly {
 		return errors.Join(d.store.Close(), d.free())
 	}
+	d.store.StopCleaning()
 	err := d.flusher.Flush(context.Background())
 	if err == nil {
 		err = d.store.Checkpoint()

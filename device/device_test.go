@@ -44,7 +44,7 @@ func testGeometry(size uint64, codec compression.Codec) store.Geometry {
 func smallOptions(t testing.TB) Options {
 	return Options{CacheBytes: 64 * block.Size, PayloadBytes: 4 << 20, MapCacheBytes: 64 << 10, Workers: 3,
 		CheckpointBytes: 256 << 10, CommitInterval: 20 * time.Millisecond, WritebackPeriod: 5 * time.Millisecond,
-		DirtyExpire: 10 * time.Millisecond,
+		DirtyExpire: 10 * time.Millisecond, CleanPeriod: 2 * time.Millisecond,
 		Warn: func(msg string, err error) {
 			if !errors.Is(err, disktest.ErrPowerCut) && !errors.Is(err, store.ErrClosed) {
 				t.Errorf("warning: %s: %v", msg, err)
@@ -299,6 +299,11 @@ func newRandomDevice(t *testing.T, seed uint64, size int64, conns int, events ma
 	v.opts.CheckpointBytes = 64 << 10 << rng.IntN(4)
 	g := testGeometry(uint64(size), []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)])
 	g.ExtentBlocks = 8 << rng.IntN(3)
+	if rng.IntN(2) == 0 {
+		// As little room as is enough for all of it.
+		g.DirtyMax = uint64(v.opts.CacheBytes)
+		g.Capacity = store.DefaultCapacity(g.DeviceSize, g.SegmentSize, g.DirtyMax, v.opts.CheckpointBytes)
+	}
 	format(t, v.disk, g)
 	for c := range conns {
 		base := size / int64(conns) * int64(c)
@@ -329,6 +334,8 @@ func (v *randomDevice) count(d *Device) error {
 		clear(r.events)
 	}
 	st, err := d.Status(context.Background())
+	v.events["store.Stats.Cleaned"] += st.Store.Cleaned
+	v.events["store.Stats.Moved"] += st.Store.Moved
 	for _, m := range []any{st.Cache, st.Writeback, st.Reads} {
 		for i, s := 0, reflect.ValueOf(m); i < s.NumField(); i++ {
 			if n, ok := s.Field(i).Interface().(uint64); ok {

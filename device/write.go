@@ -94,32 +94,21 @@ func (d *Device) balance(ctx context.Context, n block.Count) error {
 	return err
 }
 
-// reserve reserves space for n blocks. When there is none it commits and takes
-// checkpoints, which free what was overwritten, before it gives up.
+// reserve reserves space for n blocks. When there is none it waits until what was
+// overwritten has come back, before it gives up.
 func (d *Device) reserve(ctx context.Context, n block.Count) error {
-	err := d.store.Reserve(n)
-	if err == nil || !errors.Is(err, store.ErrNoSpace) {
-		return d.noSpace(err)
-	}
-	d.room.Lock()
-	defer d.room.Unlock()
-	// A segment is free when two checkpoints do not need it (rule R4), and each
-	// works off only a part of a large trim.
-	for left := 3; left > 0; left-- {
-		if d.store.TrimsPending() {
-			left = 3
-		}
-		if err = d.store.Reserve(n); err == nil || !errors.Is(err, store.ErrNoSpace) {
+	for {
+		err := d.store.Reserve(n)
+		if err == nil || !errors.Is(err, store.ErrNoSpace) {
 			return d.noSpace(err)
 		}
-		if err := d.Flush(ctx); err != nil {
-			return err
-		}
-		if err := d.store.Checkpoint(); err != nil {
-			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		if err := d.store.MakeRoom(ctx, n); err != nil {
+			if ctx.Err() != nil {
+				return ctx.Err()
+			}
+			return d.noSpace(err)
 		}
 	}
-	return d.noSpace(d.store.Reserve(n))
 }
 
 func (d *Device) noSpace(err error) error {
@@ -401,6 +390,11 @@ func (d *Device) bound(ctx context.Context) error {
 				return err
 			}
 			if err := d.store.Checkpoint(); err != nil {
+				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+			}
+		}
+		if d.store.Short() {
+			if err := d.store.MakeRoom(ctx, 0); err != nil && !errors.Is(err, store.ErrNoSpace) {
 				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 			}
 		}

@@ -82,6 +82,12 @@ func (o *Overlay) Lookup(r block.Range, visit func(Extent)) {
 	})
 }
 
+// Overlaps tells whether any extent has blocks in r.
+func (o *Overlay) Overlaps(r block.Range) bool {
+	e, ok := o.after(r.Start)
+	return ok && e.Start < r.End
+}
+
 // Ascend visits the extents that have blocks at or after start, whole and
 // ascending, until visit returns false. visit must not change o.
 func (o *Overlay) Ascend(start block.Index, visit func(Extent) bool) {

@@ -26,19 +26,21 @@ func DefaultSegmentSize(size uint64) uint32 {
 //
 //	an eighth of size      record headers (56 bytes for a lone block, 1.4 %), the
 //	                       map and its two newest checkpoints, padding at commits,
-//	                       blobs that are overwritten in part and not yet moved
+//	                       blobs that are overwritten in part and not yet moved, and what makes
+//	                       cleaning cheap: the fuller, the more is copied
 //	dirtyMax               the largest dirty limit, for overwriting needs the new
 //	                       place before the old one is free
 //	2 * checkpoint         the log behind the two newest checkpoints, which cannot
 //	                       be reused (rule R4)
-//	8 segments             the one being written, its successor, the reserve of
-//	                       commits and checkpoints, and what their ends leave unused
+//	14 segments            the one being written, its successor, the reserves of
+//	                       commits and checkpoints and of the cleaner, and what
+//	                       their ends leave unused
 //
 // rounded up to whole segments of segment bytes. It is a limit and takes no
 // space by itself. size is at most [DeviceSizeMax].
 func DefaultCapacity(size uint64, segment uint32, dirtyMax, checkpoint uint64) uint64 {
 	s := uint64(segment)
-	n := size + (size+7)/8 + dirtyMax + 2*checkpoint + 8*s
+	n := size + (size+7)/8 + dirtyMax + 2*checkpoint + 14*s
 	return (n + s - 1) / s * s
 }
 

@@ -53,7 +53,8 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	root, trims, sequence, totals := s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes
 	s.mu.RUnlock()
 
-	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, extents.Evacuation{}, &accounting{s.segments, &totals})
+	evacuation := s.cleaner.takeEvacuation()
+	root, trims, err := s.tree.Merge(root, snap.overlay, trims, s.opts.TrimLeaves, evacuation, &accounting{s.segments, &totals})
 	if err != nil {
 		return err
 	}
@@ -81,13 +82,17 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	}
 	s.mu.Lock()
 	s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes = root, trims, sb.sequence, totals
+	s.mu.replay = snap.replay.serial
 	s.mu.merging = nil
 	s.entries.Store(s.overlayLenLocked())
 	s.mu.Unlock()
+	s.cleaner.nodes.Add(-int64(len(evacuation.Keys)))
 	s.metrics.checkpoints.Add(1)
 
 	s.segments.release(sb.sequence)
-	keep := func() uint32 { return warmSegments + uint32(s.segmentsFor(s.reserved.Load(), root.Nodes)) }
+	keep := func() uint32 {
+		return warmSegments + cleanSegments + uint32(s.segmentsFor(s.reserved.Load(), root.Nodes))
+	}
 	if err := s.segments.chill(s.file, keep); err != nil {
 		// Nothing is lost by that.
 		s.opts.Warn("freed space could not be given back to the host", err)

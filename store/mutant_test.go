@@ -31,6 +31,8 @@ func TestMutants(t *testing.T) {
 		{"open from the page cache", mutant.OpenFromCache, 20, faults},
 		{"blob unverified", mutant.BlobUnverified, 20, damagedBlob},
 		{"dropped reservation", mutant.DropReservation, 20, fullStore},
+		{"copy over newer", mutant.CopyOverNewer, 1, overtaken},
+		{"map over newer", mutant.MapOverNewer, 1, overtaken},
 	} {
 		t.Run(m.name, func(t *testing.T) { mutant.Caught(t, m.m, disktest.Seed(t), m.tries, m.try) })
 	}

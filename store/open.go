@@ -59,17 +59,13 @@ func (s *Store) Close() error {
 	s.mu.closed = true
 	s.mu.Unlock()
 	if s.log != nil {
+		// A checkpoint, and who asks for one, waits for a commit that will not come.
+		closed := fmt.Errorf("%w", ErrClosed)
+		s.failure.CompareAndSwap(nil, &closed)
 		s.progress.Lock()
-		running := s.progress.running
+		s.progress.cond.Broadcast()
 		s.progress.Unlock()
-		if running {
-			// It waits for a commit that will not come.
-			closed := fmt.Errorf("%w", ErrClosed)
-			s.failure.CompareAndSwap(nil, &closed)
-			s.progress.Lock()
-			s.progress.cond.Broadcast()
-			s.progress.Unlock()
-		}
+		s.cleaner.stop()
 		s.checkpoints.Wait()
 		s.log.stop()
 	}
@@ -264,6 +260,7 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 		}
 	}
 	s.mu.root, s.mu.sequence, s.mu.nodes = sb.root, sb.sequence, sb.nodes
+	s.mu.replay = sb.replay.serial
 	// What the two newest checkpoints do not need is free (rule R4); the log
 	// behind them takes back what it has been given since.
 	t.release(sb.sequence)
@@ -345,7 +342,7 @@ func (s *Store) beginLife(end logEnd) error {
 	if err := s.segments.ensure(s.file, reserveSegments); err != nil {
 		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
 	}
-	s.log = l
+	s.log, s.cleaner = l, newCleaner(s)
 	l.mu.since, l.mu.records, l.mu.snapshot = end.bytes, s.recovery.Records, end.replay
 	l.start(head, end.epochs+1, s.recovery.Epoch)
 	s.makeRoom()

@@ -1,9 +1,11 @@
 package store
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"math"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -13,12 +15,20 @@ import (
 
 const (
 	// segmentsMin is the fewest segments that a store can work with: one being
-	// written, its successor, the reserve, and one for data.
-	segmentsMin = reserveSegments + 4
+	// written, its successor, the reserves, what changes of the map need, and one for
+	// data.
+	segmentsMin = reserveSegments + cleanSegments + 4
 
 	// reserveSegments are kept from client writes, so that commits, trims and
 	// checkpoints always find room (rule R8).
 	reserveSegments = 4
+
+	// cleanSegments, or one in cleanReserve if that is more, are kept from client
+	// writes for the cleaner: it needs space before it gains any (rule R8). What it
+	// gains in one go must be more than the checkpoints cost that set it free. Only
+	// the former have their space on the host: how full that is changes little.
+	cleanSegments = 4
+	cleanReserve  = 32
 
 	// warmSegments is how many freed segments keep their space on the host:
 	// overwriting written blocks makes a sync cheaper than extending the file.
@@ -245,6 +255,9 @@ func (t *segments) usable() uint64 {
 	return uint64(t.size) - segmentData - recordHeader - ExtentBlocksMax*alignment - 2*alignment
 }
 
+// cleanReserve is the number of segments that are kept for the cleaner.
+func (t *segments) cleanReserve() uint64 { return max(cleanSegments, uint64(t.total)/cleanReserve) }
+
 // room is the number of free segments, and of those with space on the host.
 func (t *segments) room() (free, warm uint32) {
 	t.mu.RLock()
@@ -362,6 +375,76 @@ func (t *segments) lowestFree(most int) (free []uint32) {
 		}
 	}
 	return free
+}
+
+// emptying is the number of segments that are empty and not free yet.
+func (t *segments) emptying() (count uint64) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for n := range t.table {
+		if s := &t.table[n]; s.state == segmentUsed && s.emptyAt != 0 {
+			count++
+		}
+	}
+	return count
+}
+
+// garbage is how many bytes of the segments that were begun before that serial
+// are dead, and how many alive.
+func (t *segments) garbage(before uint64) (dead, live uint64) {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	for n := range t.table {
+		if s := &t.table[n]; s.state == segmentUsed && s.serial != 0 && s.serial < before && s.emptyAt == 0 {
+			live += s.bytes
+			dead += uint64(t.size) - segmentData - min(s.bytes, uint64(t.size)-segmentData)
+		}
+	}
+	return dead, live
+}
+
+// A victim is a segment that may be cleaned.
+type victim struct {
+	number uint32
+	seed   uint32
+	serial uint64
+	refs   uint64
+	score  float64
+}
+
+// gains tells whether it is worth cleaning a segment with live bytes in it.
+func (t *segments) gains(live uint64) bool {
+	return live+uint64(t.size)/cleanGain <= uint64(t.size)-segmentData
+}
+
+// victims are the segments begun before that serial that are worth cleaning, the
+// best first: greedy, those with the least alive; else by benefit and cost, where
+// age tells how long what is alive will stay so (Rosenblum and Ousterhout, The
+// Design and Implementation of a Log-Structured File System, 1992). skip is asked
+// with t.mu held.
+func (t *segments) victims(before uint64, greedy bool, skip func(serial, refs uint64) bool) []victim {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	var all []victim
+	for n := range t.table {
+		s := &t.table[n]
+		if s.state != segmentUsed || s.serial == 0 || s.serial >= before || s.refs == 0 || s.emptyAt != 0 || skip(s.serial, s.refs) {
+			continue
+		}
+		// A record for each extent of full length is the least.
+		live := s.bytes + s.refs/ExtentBlocksMax*recordHeader
+		if !t.gains(live) {
+			continue
+		}
+		u := float64(live) / float64(t.size)
+		score := 1 - u
+		if !greedy {
+			score *= float64(before-s.serial) / (1 + u)
+		}
+		all = append(all, victim{uint32(n), s.seed, s.serial, s.refs, score})
+	}
+	slices.SortFunc(all, func(a, b victim) int { return cmp.Compare(b.score, a.score) })
+	return all
 }
 
 // visit calls fn for each used segment in ascending order, with a copy.

@@ -19,6 +19,9 @@ type Stats struct {
 	// UsedBytes is the size of the segments in use: live data, garbage that was
 	// overwritten since, and the log behind the checkpoints.
 	UsedBytes uint64 `json:"used_bytes"`
+	// GarbageBytes is the dead part of the segments that the newest checkpoint
+	// covers: what cleaning can win.
+	GarbageBytes uint64 `json:"garbage_bytes"`
 	// FreeBytes is the size of the segments that can be used.
 	FreeBytes uint64 `json:"free_bytes"`
 	// ReservedBytes is promised to writes that have not been stored yet.
@@ -46,6 +49,9 @@ type Stats struct {
 	BlobData    uint64 `json:"blob_data"`         // bytes of data appended
 	BlobStored  uint64 `json:"blob_stored"`       // bytes that it took
 	LogWritten  uint64 `json:"log_written"`       // bytes written to segments
+	Cleaned     uint64 `json:"cleaned_segments"`  // emptied by the cleaner
+	Moved       uint64 `json:"moved_bytes"`       // stored bytes that the cleaner has copied
+	Shortages   uint64 `json:"shortages"`         // times that writes had to wait for space
 	Failure     string `json:"failure,omitempty"` // what made the store read-only
 }
 
@@ -84,6 +90,7 @@ func (s *Store) Stats() (Stats, error) {
 	st.DataBytes = uint64(int64(refs-nodes.copies)+blocks) * block.Size
 	st.StoredBytes = uint64(int64(bytes-nodes.bytes) + stored)
 	st.MapBytes = nodes.bytes
+	st.GarbageBytes, _ = s.segments.garbage(s.mu.replay)
 	free, _ := s.segments.room()
 	st.UsedBytes = used * uint64(s.segments.size)
 	st.FreeBytes = uint64(free) * uint64(s.segments.size)
@@ -97,6 +104,7 @@ func (s *Store) Stats() (Stats, error) {
 	st.Reads, st.ReadBytes, st.Corrupt = m.reads.Load(), m.readBytes.Load(), m.corrupt.Load()
 	st.Commits, st.Syncs, st.Checkpoints = m.commits.Load(), m.syncs.Load(), m.checkpoints.Load()
 	st.Blobs, st.RawBlobs, st.BlobData, st.BlobStored = m.dataRecords.Load(), m.rawRecords.Load(), m.dataBytes.Load(), m.storedBytes.Load()
+	st.Cleaned, st.Moved, st.Shortages = m.cleaned.Load(), m.movedBytes.Load(), m.shortages.Load()
 	if s.log != nil {
 		s.log.written.Lock()
 		st.LogWritten = s.log.written.bytes

@@ -125,7 +125,8 @@ type Store struct {
 	segments *segments
 	nodes    *nodeStore
 	tree     *extents.Tree
-	log      *log // nil if read-only
+	log      *log     // nil if read-only
+	cleaner  *cleaner // nil if read-only
 
 	failure  atomic.Pointer[error] // the first failed write or sync
 	snapshot atomic.Bool           // the next commit is to be a checkpoint's
@@ -144,6 +145,7 @@ type Store struct {
 		root     extents.Root
 		nodes    nodeTotals
 		sequence uint64 // of the newest durable checkpoint, whose root and trims these are
+		replay   uint64 // the serial of the segment in which replay from it starts
 		closed   bool
 	}
 
@@ -159,7 +161,8 @@ type Store struct {
 	recovery Recovery
 	metrics  struct {
 		reads, readBytes, corrupt, commits, syncs, checkpoints atomic.Uint64
-		dataRecords, dataBytes, storedBytes, rawRecords        atomic.Uint64
+		dataRecords, dataBytes, storedBytes, rawRecords, holes atomic.Uint64
+		cleaned, movedBytes, shortages                         atomic.Uint64
 	}
 }
 
@@ -300,6 +303,7 @@ func (s *Store) AppendHole(r block.Range) error {
 	s.mu.open.Insert(extents.Extent{Start: r.Start, Count: r.Len(), Kind: extents.Hole})
 	s.entries.Store(s.overlayLenLocked())
 	s.mu.Unlock()
+	s.metrics.holes.Add(1)
 	return nil
 }
 
@@ -372,10 +376,23 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	// for each segment, for trims and commits take space without reserving it.
 	free, _ := s.segments.room()
 	short := free < 2*reserveSegments && l.mu.head.serial > l.mu.snapshot
-	if s.snapshot.Load() || short || l.mu.since >= s.opts.CheckpointBytes || l.mu.records >= s.opts.CheckpointRecords {
+	if s.snapshot.Load() || short || s.dueLocked() {
 		c.snap = s.takeSnapshot(c.Epoch)
 	}
 	return c, true, nil
+}
+
+// dueLocked tells whether so much has been appended that it is time for a
+// checkpoint. REQUIRES: log.mu held.
+func (s *Store) dueLocked() bool {
+	return s.log.mu.since >= s.opts.CheckpointBytes || s.log.mu.records >= s.opts.CheckpointRecords
+}
+
+// checkpointDue is dueLocked without the lock.
+func (s *Store) checkpointDue() bool {
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	return s.dueLocked()
 }
 
 // Sync makes c durable with one fdatasync. A failure is final: the store has
@@ -576,7 +593,7 @@ func (s *Store) readBlob(dst []byte, ref blobRef) error {
 // Reserve promises space for n blocks of writes in their worst case, in
 // segments that have space on the host. It may ask the host for more. If there
 // is none, the error wraps ErrNoSpace and nothing is reserved; space that a
-// checkpoint would free is not waited for.
+// checkpoint would free, or the cleaner, is not waited for: see MakeRoom.
 func (s *Store) Reserve(n block.Count) error {
 	if err := s.writable(); err != nil {
 		return err
@@ -597,7 +614,7 @@ func (s *Store) Reserve(n block.Count) error {
 	total := s.reserved.Add(int64(n)) // before the look at the segments: see chill
 	free, warm := s.segments.room()
 	want := s.segmentsFor(total, nodes)
-	fits := want <= uint64(free)
+	fits := want+s.segments.cleanReserve() <= uint64(free)
 	if !fits {
 		s.reserved.Add(-int64(n))
 	}
@@ -605,7 +622,7 @@ func (s *Store) Reserve(n block.Count) error {
 	if !fits {
 		return fmt.Errorf("store: %d blocks need %d segments, %d are free: %w", total, want, free, ErrNoSpace)
 	}
-	if want > uint64(warm) {
+	if want += cleanSegments; want > uint64(warm) {
 		if err := s.segments.ensure(s.file, uint32(want)); err != nil {
 			s.reserved.Add(-int64(n))
 			return err
@@ -646,17 +663,19 @@ func (s *Store) Release(n block.Count) {
 // blockWorst is what one block takes at worst: a record of its own, raw.
 const blockWorst = block.Size + recordHeader
 
-// segmentsFor is how many free segments writes of n blocks need at worst, what is
-// kept from them included. nodes is the size of the map.
+// segmentsFor is how many free segments writes of n blocks need at worst, with what
+// is kept from them for commits and checkpoints, but not for the cleaner. nodes is
+// the size of the map.
 func (s *Store) segmentsFor(n int64, nodes uint64) uint64 {
-	need := uint64(n)*blockWorst + s.mapWorst(uint64(n), nodes)
+	need := uint64(n)*blockWorst + uint64(s.cleaner.claimed.Load()) + s.mapWorst(uint64(n), nodes)
 	return reserveSegments + (need+s.segments.usable()-1)/s.segments.usable()
 }
 
-// mapWorst is the most that two checkpoints may append for n more blocks: one
-// leaf for each change, though no more than there are leaves.
+// mapWorst is the most that two checkpoints may append for n more blocks, and for
+// what the cleaner moves: one leaf for each change, though no more than there are
+// leaves.
 func (s *Store) mapWorst(n, nodes uint64) uint64 {
-	changes := uint64(s.entries.Load()) + n
+	changes := uint64(s.entries.Load()+max(cleanChanges, s.cleaner.moving.Load()+s.cleaner.nodes.Load())) + n
 	return 2 * extents.NodeSizeMax * min(2*changes, nodes+changes/128+2)
 }
 
@@ -667,10 +686,10 @@ func (s *Store) Short() bool {
 	return free < reserveSegments/2
 }
 
-// TrimsPending tells whether the next checkpoint will free more of what has been
-// trimmed.
-func (s *Store) TrimsPending() bool {
+// trimsPending is the number of blocks in pending trims, of which the next
+// checkpoint works off some.
+func (s *Store) trimsPending() block.Count {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
-	return s.mu.trims.Len() > 0
+	return s.mu.trims.Blocks()
 }

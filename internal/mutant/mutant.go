@@ -38,4 +38,9 @@ const (
 	OpenWithoutSync
 	// OpenFromCache recovers from the host's page cache (rule R5).
 	OpenFromCache
+	// CopyOverNewer has the cleaner append copies of what is not the newest (rule R7).
+	CopyOverNewer
+	// MapOverNewer has the map lead to the cleaner's copies where something newer
+	// was appended since (rule R7).
+	MapOverNewer
 )

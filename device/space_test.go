@@ -1,0 +1,272 @@
+package device
+
+import (
+	"errors"
+	"math/rand/v2"
+	"syscall"
+	"testing"
+	"time"
+
+	"cnbd/internal/block"
+	"cnbd/internal/compression"
+	"cnbd/internal/disktest"
+	"cnbd/store"
+)
+
+// fullDevice formats a device that just has the capacity of DefaultCapacity, and
+// fills it with noise.
+func fullDevice(t *testing.T, seed uint64, size uint64) (d *Device, f *disktest.Disk, truth []byte) {
+	t.Helper()
+	o := smallOptions(t)
+	o.CacheBytes, o.CommitInterval = 256*block.Size, time.Hour
+	g := testGeometry(size, compression.Auto)
+	g.DirtyMax = uint64(o.CacheBytes)
+	g.Capacity = store.DefaultCapacity(size, g.SegmentSize, g.DirtyMax, o.CheckpointBytes)
+	f = disktest.New(seed, disktest.Options{})
+	format(t, f, g)
+	d = open(t, f, o)
+	truth = make([]byte, size)
+	fill(truth, seed)
+	if _, err := d.WriteAt(truth, 0); err != nil {
+		t.Fatal(err)
+	}
+	return d, f, truth
+}
+
+// fill makes p noise.
+func fill(p []byte, seed uint64) {
+	var key [32]byte
+	for i := range 8 {
+		key[i] = byte(seed >> (8 * i))
+	}
+	rand.NewChaCha8(key).Read(p)
+}
+
+// compareAll reads all of the device.
+func compareAll(t *testing.T, d *Device, truth []byte) {
+	t.Helper()
+	got := make([]byte, len(truth))
+	if _, err := d.ReadAt(got, 0); err != nil {
+		t.Fatal(err)
+	}
+	if i := differ(got, truth); i >= 0 {
+		t.Fatalf("byte %d is wrong", i)
+	}
+}
+
+// TestFullDeviceOverwritten: a device whose capacity covers its size and the
+// overhead takes overwriting in any order, for ever (promise P4), also where it
+// does not compress. Before there was a cleaner it was full after less than one
+// time over.
+func TestFullDeviceOverwritten(t *testing.T) {
+	seed := disktest.Seed(t)
+	const size = 12 << 20
+	d, f, truth := fullDevice(t, seed, size)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	page := make([]byte, block.Size)
+	for round := range 3 {
+		for i, b := range rng.Perm(size / block.Size) {
+			fill(page, rng.Uint64())
+			if _, err := d.WriteAt(page, int64(b)*block.Size); err != nil {
+				t.Fatalf("CNBD_SEED=%d: round %d, write %d: %v", seed, round, i, err)
+			}
+			copy(truth[b*block.Size:], page)
+			if rng.IntN(64) == 0 {
+				if err := d.Sync(); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	compareAll(t, d, truth)
+	st, err := d.store.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Logf("%d segments cleaned, %d MiB moved, %d MiB of log for %d MiB stored; writes waited %d times",
+		st.Cleaned, st.Moved>>20, st.LogWritten>>20, st.BlobStored>>20, st.Shortages)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	checkClean(t, f)
+	d = open(t, f, smallOptions(t))
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func checkClean(t *testing.T, f *disktest.Disk) {
+	t.Helper()
+	rep, err := store.Check(f.Clone(), store.CheckOptions{Data: true})
+	if err != nil || !rep.Clean {
+		t.Fatalf("check: %+v, %v", rep, err)
+	}
+}
+
+// TestThinDeviceFull: a device that shows more than there is answers ENOSPC to
+// writes alone, and takes them again when something was trimmed.
+func TestThinDeviceFull(t *testing.T) {
+	seed := disktest.Seed(t)
+	o := smallOptions(t)
+	g := testGeometry(64<<20, compression.None)
+	g.Capacity = 80 * store.SegmentSizeMin
+	f := disktest.New(seed, disktest.Options{})
+	format(t, f, g)
+	d := open(t, f, o)
+	truth := make([]byte, g.DeviceSize)
+	page := make([]byte, 64<<10)
+	fillUp := func(from int) (at int) {
+		t.Helper()
+		for at = from; ; at += len(page) {
+			fill(page, seed+uint64(at))
+			_, err := d.WriteAt(page, int64(at))
+			if errors.Is(err, syscall.ENOSPC) {
+				return at
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			copy(truth[at:], page)
+		}
+	}
+	full := fillUp(0)
+	if most := int(g.Capacity); full > most || full < most/2 {
+		t.Errorf("it was full after %d bytes of a capacity of %d", full, most)
+	}
+	// Again and again: no trim, flush or read fails for want of space.
+	rng := rand.New(rand.NewPCG(seed, 1))
+	for round := range 3 {
+		if err := d.Sync(); err != nil {
+			t.Fatal(err)
+		}
+		compareAll(t, d, truth)
+		for range full / block.Size / 4 {
+			b := rng.IntN(full/block.Size) * block.Size
+			if err := d.Trim(t.Context(), uint64(b), block.Size, rng.IntN(8) == 0); err != nil {
+				t.Fatal(err)
+			}
+			clear(truth[b:][:block.Size])
+		}
+		// What was trimmed, less what the rest of it needs, fits elsewhere.
+		more := fillUp(full)
+		t.Logf("round %d: %d KiB more", round, (more-full)>>10)
+		if more == full {
+			t.Errorf("round %d: nothing can be written after a fifth was trimmed", round)
+		}
+		if err := d.Trim(t.Context(), uint64(full), uint64(more-full), false); err != nil {
+			t.Fatal(err)
+		}
+		clear(truth[full:])
+		if round == 1 {
+			if err := d.Sync(); err != nil {
+				t.Fatal(err)
+			}
+			if err := d.Abort(); err != nil {
+				t.Fatal(err)
+			}
+			f = f.Crash(disktest.LoseAll)
+			d = open(t, f, o)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f)
+}
+
+// TestTrimmedSpaceReturns: after most of a device was trimmed in pieces, what the
+// store takes on its host falls to little more than what is alive, with nobody
+// doing anything.
+func TestTrimmedSpaceReturns(t *testing.T) {
+	seed := disktest.Seed(t)
+	const size = 32 << 20
+	d, f, truth := fullDevice(t, seed, size)
+	rng := rand.New(rand.NewPCG(seed, 1))
+	for b := 0; b < size; b += block.Size {
+		if rng.IntN(10) > 0 {
+			if err := d.Trim(t.Context(), uint64(b), block.Size, false); err != nil {
+				t.Fatal(err)
+			}
+			clear(truth[b:][:block.Size])
+		}
+	}
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	// A sixteenth, four segments of garbage, those being written, and those kept warm.
+	const reserve = 20 * store.SegmentSizeMin
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		st, err := d.store.Stats()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.HostBytes < (st.StoredBytes+st.MapBytes)*11/10+reserve {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes on the host for %d stored and %d of map: %+v", st.HostBytes, st.StoredBytes, st.MapBytes, st)
+		}
+		time.Sleep(time.Millisecond) // polling: the cleaner tells nobody
+	}
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f)
+}
+
+// TestBookendsAreCleaned: extents that were overwritten in part are encoded anew
+// when their segment is cleaned, and their waste goes.
+func TestBookendsAreCleaned(t *testing.T) {
+	seed := disktest.Seed(t)
+	o := smallOptions(t)
+	g := testGeometry(16<<20, compression.Zstd)
+	f := disktest.New(seed, disktest.Options{})
+	format(t, f, g)
+	d := open(t, f, o)
+	truth := make([]byte, g.DeviceSize)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for i := range truth {
+		truth[i] = "0123456789abcdef"[rng.IntN(16)]
+	}
+	if _, err := d.WriteAt(truth, 0); err != nil {
+		t.Fatal(err)
+	}
+	for b := 0; b < len(truth); b += 2 * block.Size {
+		if err := d.Trim(t.Context(), uint64(b), block.Size, false); err != nil {
+			t.Fatal(err)
+		}
+		clear(truth[b:][:block.Size])
+	}
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	deadline := time.Now().Add(10 * time.Second)
+	for {
+		st, err := d.store.Stats()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.Cleaned > 10 && st.HostBytes < (st.StoredBytes+st.MapBytes)*11/10+20*store.SegmentSizeMin {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d bytes on the host for %d stored and %d of map: %+v", st.HostBytes, st.StoredBytes, st.MapBytes, st)
+		}
+		time.Sleep(time.Millisecond) // polling: the cleaner tells nobody
+	}
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	checkClean(t, f)
+	d = open(t, f, o)
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

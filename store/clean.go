@@ -1,0 +1,802 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"cnbd/extents"
+	"cnbd/internal/block"
+	"cnbd/internal/mutant"
+)
+
+// The cleaner empties segments that are partly dead: it copies what is alive to
+// the end of the log, and when two checkpoints do not refer to the segment any
+// more it is free (rule R4).
+//
+// What it copies are data records like any other, of the newest contents, so
+// replay needs to know nothing of it. That it cannot bring back what was
+// overwritten meanwhile (rule R7) rests on one check, made twice: nothing has
+// been appended over the blocks since the tree was asked for them. It is made
+// with the log's lock held when the copy is appended, so the copy stands in the
+// log before all that is newer; and again when the copy has been written, and
+// the map is to lead to it: until then readers find the old place, which a View
+// holds. A checkpoint between the two ends the attempt. If one was begun between
+// them, its map leads to the old place, which stays because that map refers to
+// it, while the copy stays because its segment can be counted as empty by that
+// checkpoint at the earliest, and the next one will refer to it.
+//
+// An extent that is a whole blob is copied as it is. A blob that was overwritten
+// in part is decoded, and each run of blocks that is left is encoded anew.
+
+const (
+	// cleanBatchBytes is how much the cleaner appends before it waits until that
+	// is written. It bounds the time that a stop waits for it.
+	cleanBatchBytes = 4 << 20
+
+	// cleanRecords bounds the records of a segment that are looked at in one
+	// attempt, and so the memory for them, about 64 bytes each.
+	cleanRecords = 128 << 10
+
+	// cleanChanges is how many extents and nodes, at least, the cleaner can move
+	// between two checkpoints: so much space for the changes of the map is kept
+	// from client writes.
+	cleanChanges = 1024
+
+	// cleanGain is the least part of a segment, as a divisor, that cleaning it
+	// must give back to be worth it.
+	cleanGain = 32
+)
+
+// A Recoder decodes and encodes blobs for the cleaner. It is used by one
+// goroutine at a time.
+type Recoder interface {
+	// Decode appends the blocks of the blob at a, whose stored bytes are src, to
+	// dst. Both are borrowed.
+	Decode(dst, src []byte, a extents.Addr) ([]byte, error)
+	// Encode appends the encoding of src, whole blocks, at most 128 KiB, to dst,
+	// and says how it was made. ok is false if it is not worth it. Both are borrowed.
+	Encode(dst, src []byte) (out []byte, codec, level uint8, ok bool)
+}
+
+// CleanerOptions are the settings of the cleaner.
+type CleanerOptions struct {
+	// Recoder is needed to clean blobs that were overwritten in part, unless
+	// they are raw. Without one they stay where they are.
+	Recoder Recoder
+
+	// Period is how often the cleaner looks whether there is something to do.
+	// 0: it works only when a write needs space (see MakeRoom).
+	Period time.Duration
+}
+
+// A cleaner is the cleaner of an open store.
+type cleaner struct {
+	s       *Store
+	recoder Recoder       // nil: there is none
+	turn    chan struct{} // of capacity 1; holds a token while somebody cleans
+	quit    chan struct{}
+	stopped sync.Once
+	done    sync.WaitGroup
+
+	// claimed are the bytes, and moving the extents, that are about to be
+	// appended; nodes the map nodes that the next checkpoint is to move.
+	claimed, moving, nodes atomic.Int64
+
+	// The rest belongs to whose turn it is.
+	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
+	records []liveRecord
+	pending []extents.Extent // copies that are not in the map yet
+	window  []byte
+	blocks  []byte // of a decoded blob
+	encoded []byte
+	overlay []extents.Extent // scratch
+
+	// Of the loop alone.
+	appended uint64 // records of clients at the last look
+	quiet    int    // looks since a client has appended something
+
+	evacuation struct {
+		sync.Mutex
+		keys     []block.Index
+		segments map[uint32]bool
+	}
+}
+
+// A liveRecord is a data record of a segment that is being cleaned.
+type liveRecord struct {
+	r      block.Range
+	offset uint32 // of its payload
+}
+
+func newCleaner(s *Store) *cleaner {
+	c := &cleaner{s: s, turn: make(chan struct{}, 1), quit: make(chan struct{}), futile: make(map[uint64]uint64)}
+	c.evacuation.segments = make(map[uint32]bool)
+	return c
+}
+
+// stop ends what the cleaner does after at most one batch, and the loop.
+func (c *cleaner) stop() {
+	c.stopped.Do(func() { close(c.quit) })
+	c.done.Wait()
+}
+
+func (c *cleaner) stopping() bool {
+	select {
+	case <-c.quit:
+		return true
+	default:
+		return c.s.Err() != nil
+	}
+}
+
+// StartCleaning gives the cleaner its settings and, with a period, starts its work
+// in the background. It is called at most once, before the first write; without it
+// the cleaner works without a Recoder. From now on somebody commits when the store
+// asks for it.
+func (s *Store) StartCleaning(o CleanerOptions) {
+	c := s.cleaner
+	c.recoder = o.Recoder
+	if o.Period > 0 {
+		c.done.Go(func() { c.loop(o.Period) })
+	}
+}
+
+// StopCleaning ends the cleaner's work in the background. It blocks for at most
+// one batch, and one checkpoint, for which the caller goes on committing.
+func (s *Store) StopCleaning() {
+	if s.cleaner != nil {
+		s.cleaner.stop()
+	}
+}
+
+// fits tells whether a reservation of n blocks would find free segments.
+func (s *Store) fits(n block.Count) bool {
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	free, _ := s.segments.room()
+	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.segments.cleanReserve() <= uint64(free)
+}
+
+// MakeRoom blocks until a reservation of n blocks may succeed: it takes
+// checkpoints and cleans segments. The error wraps ErrNoSpace when what is alive
+// leaves no room, however it is arranged. The caller, or another goroutine by
+// way of NeedCommit, goes on committing.
+func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	c := s.cleaner
+	select {
+	case c.turn <- struct{}{}:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	defer func() { <-c.turn }()
+	s.metrics.shortages.Add(1)
+	most := uint32(0)
+	for fruitless := 0; fruitless <= fruitlessMax; fruitless++ {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if s.fits(n) {
+			return nil
+		}
+		if free, _ := s.segments.room(); free > most {
+			most, fruitless = free, 0
+		}
+		pending := s.trimsPending()
+		// What is empty with one checkpoint is free with the next, unless a reader
+		// holds it (rule R4).
+		for left := 3; left > 0; left-- {
+			if err := s.Checkpoint(); err != nil {
+				return err
+			}
+			if s.fits(n) {
+				return nil
+			}
+			if s.segments.emptying() == 0 {
+				break
+			}
+		}
+		if left := s.trimsPending(); left != pending {
+			if left < pending {
+				fruitless = 0
+			}
+			continue
+		}
+		if !s.canFit(n) {
+			return fmt.Errorf("store: %d blocks do not fit beside what is stored: %w", n, ErrNoSpace)
+		}
+		progress, err := c.clean(true)
+		if err != nil {
+			return err
+		}
+		if !progress && s.segments.emptying() == 0 {
+			return fmt.Errorf("store: %d blocks do not fit, and there is nothing to clean: %w", n, ErrNoSpace)
+		}
+	}
+	return fmt.Errorf("store: cleaning does not make room for %d blocks: %w", n, ErrNoSpace)
+}
+
+// Compact cleans until nothing is left that is worth it, and takes the checkpoints
+// that set the space free. It blocks for as long as that takes, while everything
+// else goes on; the caller, or another goroutine by way of NeedCommit, commits.
+// progress is told now and then how many bytes of the log are dead and how many are
+// alive; it may be nil. When ctx ends, what is done stays done.
+func (s *Store) Compact(ctx context.Context, progress func(dead, live uint64)) error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	c := s.cleaner
+	least, fruitless := uint64(math.MaxUint64), 0
+	for {
+		if err := s.Checkpoint(); err != nil {
+			return err
+		}
+		s.mu.RLock()
+		before := s.mu.replay
+		s.mu.RUnlock()
+		dead, live := s.segments.garbage(before)
+		if progress != nil {
+			progress(dead, live)
+		}
+		// What others overwrite meanwhile is not waited for.
+		if dead < least {
+			least, fruitless = dead, 0
+		} else if fruitless++; fruitless > 8 {
+			break
+		}
+		select {
+		case c.turn <- struct{}{}:
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+		cleaned, err := c.clean(true)
+		<-c.turn
+		if err != nil {
+			return err
+		}
+		if c.stopping() {
+			return ErrClosed
+		}
+		if !cleaned {
+			break
+		}
+	}
+	for left := 2; left > 0 && s.segments.emptying() > 0; left-- {
+		if err := s.Checkpoint(); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// fruitlessMax is how often MakeRoom goes on, each time with as much cleaning as is
+// kept free for it, without having one segment more in the end.
+const fruitlessMax = 64
+
+// canFit tells whether a reservation of n blocks would find free segments if what
+// is alive were packed: all of it, but for the part of each segment that cleaning
+// does not care for.
+func (s *Store) canFit(n block.Count) bool {
+	s.mu.RLock()
+	nodes, before := s.mu.root.Nodes, s.mu.replay
+	s.mu.RUnlock()
+	free, _ := s.segments.room()
+	dead, live := s.segments.garbage(before)
+	size := uint64(s.segments.size)
+	dead -= min(dead, (dead+live)/cleanGain)
+	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.segments.cleanReserve() <= uint64(free)+s.segments.emptying()+dead/size
+}
+
+// errNoRoom says that the cleaner's reserve is used up until the next checkpoints.
+var errNoRoom = errors.New("no room to clean")
+
+// clean cleans some segments, and reports whether anything was moved, or will be
+// by the next checkpoint. With urgent it takes those that have least in them, else
+// the one that costs least for what it gains, and just that one. REQUIRES: the turn.
+func (c *cleaner) clean(urgent bool) (progress bool, err error) {
+	s := c.s
+	s.mu.RLock()
+	before := s.mu.replay
+	s.mu.RUnlock()
+	victims := s.segments.victims(before, urgent, func(serial, refs uint64) bool {
+		was, ok := c.futile[serial]
+		return ok && was == refs
+	})
+	const most = 16 // as many as a checkpoint is worth
+	for i, v := range victims {
+		if c.stopping() || i == most {
+			break
+		}
+		moved, err := c.evacuate(v)
+		progress = progress || moved
+		switch {
+		case errors.Is(err, errNoRoom):
+			return progress, nil
+		case err != nil:
+			return progress, err
+		case moved && !urgent:
+			return true, nil
+		}
+	}
+	return progress, s.Err()
+}
+
+// evacuate copies what is alive in a segment to the end of the log, and has the
+// next checkpoint move the nodes of the map. It reports whether that is anything.
+// A segment that is not worth it, or from which not all can be moved, is not
+// looked at again until less is alive in it.
+func (c *cleaner) evacuate(v victim) (moved bool, err error) {
+	s := c.s
+	view := s.View()
+	defer s.Unview(view)
+	s.mu.RLock()
+	root, stale := s.mu.root, s.mu.sequence != view.version
+	s.mu.RUnlock()
+	if stale {
+		return true, nil // a checkpoint has ended meanwhile: once more
+	}
+	live, nodes, err := c.survey(v, root, view.version)
+	if err != nil {
+		s.opts.Warn("a segment cannot be cleaned", err)
+		c.giveUp(v)
+		return false, nil
+	}
+	bytes := uint64(len(nodes)) * extents.NodeSizeMax
+	for _, e := range live {
+		bytes += recordHeader + uint64(e.LiveBytes())
+	}
+	if len(live)+len(nodes) == 0 || !s.segments.gains(bytes) {
+		c.giveUp(v)
+		return false, nil
+	}
+	if len(nodes) > 0 {
+		moved = c.evacuateNodes(v.number, nodes)
+	}
+	copied, all, err := c.move(v.number, live, view.version)
+	s.mu.RLock()
+	stale = s.mu.sequence != view.version
+	s.mu.RUnlock()
+	switch {
+	case err != nil:
+	case all:
+		s.metrics.cleaned.Add(1)
+	case stale:
+		return true, nil // a checkpoint has ended the attempt
+	default:
+		c.giveUp(v)
+	}
+	return moved || copied, err
+}
+
+// giveUp has v left alone until less is alive in it.
+func (c *cleaner) giveUp(v victim) {
+	if len(c.futile) >= cleanRecords {
+		clear(c.futile)
+	}
+	c.futile[v.serial] = v.refs
+}
+
+// survey returns the extents of the tree that lie in the segment and that nothing
+// newer hides, in the order of their places there, and the first blocks of the
+// map nodes in it, ascending.
+func (c *cleaner) survey(v victim, root extents.Root, sequence uint64) (live []extents.Extent, nodes []block.Index, err error) {
+	s := c.s
+	c.records = c.records[:0]
+	w := &recordWindow{file: s.file, number: v.number, base: s.segments.base(v.number), seed: v.seed, limit: s.segments.size, buf: c.window, start: segmentData}
+	for off := uint32(segmentData); off < w.limit && len(c.records) < cleanRecords; {
+		h, _, at, err := w.next(off)
+		if err == io.EOF {
+			break
+		}
+		if errors.Is(err, ErrCorrupt) {
+			// The end, unless it is damage: then there is more behind the next
+			// border at which a commit has ended.
+			off = (at + alignment) &^ (alignment - 1)
+			continue
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		off = h.end(at)
+		switch h.kind {
+		case recordData:
+			c.records = append(c.records, liveRecord{block.Span(h.start, h.count), at + recordHeader})
+		case recordNode:
+			head, err := w.bytes(at+recordHeader, h.length)
+			if err != nil {
+				return nil, nil, err
+			}
+			level, first, ok := extents.NodeKey(head)
+			if !ok || len(nodes) == cleanChanges {
+				continue
+			}
+			p, ok, err := s.tree.Locate(root, level, first)
+			if err != nil {
+				return nil, nil, err
+			}
+			if ok && slices.ContainsFunc(p.Places[:p.Copies], func(x extents.Place) bool {
+				return x.Segment == v.number && x.Offset == at+recordHeader
+			}) {
+				nodes = append(nodes, first)
+			}
+		}
+	}
+	c.window = w.buf
+	// Leaves of the map are looked at in their order.
+	slices.SortFunc(c.records, func(a, b liveRecord) int {
+		return cmp.Or(cmp.Compare(a.r.Start, b.r.Start), cmp.Compare(a.offset, b.offset))
+	})
+	for _, rec := range c.records {
+		visible, ok := c.visible(rec.r, sequence)
+		if !ok {
+			break
+		}
+		for _, part := range visible {
+			err := s.tree.Lookup(root, part.Range(), func(e extents.Extent) error {
+				if e.Kind == extents.Data && e.Addr.Segment == v.number && e.Addr.Offset == rec.offset {
+					live = append(live, e)
+				}
+				return nil
+			})
+			if err != nil {
+				return nil, nil, err
+			}
+		}
+	}
+	slices.SortFunc(live, func(a, b extents.Extent) int {
+		return cmp.Or(cmp.Compare(a.Addr.Offset, b.Addr.Offset), cmp.Compare(a.Start, b.Start))
+	})
+	slices.Sort(nodes)
+	return live, slices.Compact(nodes), nil
+}
+
+// visible returns the parts of r, as extents of kind inTree, of which only the
+// tree of that checkpoint knows. ok is false if there is a newer one. The result
+// stands until the next call.
+func (c *cleaner) visible(r block.Range, sequence uint64) (parts []extents.Extent, ok bool) {
+	s := c.s
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if s.mu.sequence != sequence {
+		return nil, false
+	}
+	c.overlay = s.lookupOverlaysLocked(r, c.overlay[:0])
+	return slices.DeleteFunc(c.overlay, func(e extents.Extent) bool { return e.Kind != inTree }), true
+}
+
+// untouchedLocked tells whether only the tree of that checkpoint, which is the
+// newest, knows of r. REQUIRES: s.mu held.
+func (s *Store) untouchedLocked(r block.Range, sequence uint64) bool {
+	return s.mu.sequence == sequence && !s.mu.open.Overlaps(r) && (s.mu.merging == nil || !s.mu.merging.Overlaps(r)) && !s.mu.trims.Overlaps(r)
+}
+
+// evacuateNodes has the next checkpoint move the nodes of a segment whose ranges
+// begin with keys.
+func (c *cleaner) evacuateNodes(number uint32, keys []block.Index) bool {
+	if !c.claim(0, int64(len(keys))) {
+		return false
+	}
+	c.moving.Add(-int64(len(keys)))
+	ev := &c.evacuation
+	ev.Lock()
+	defer ev.Unlock()
+	was := len(ev.keys)
+	ev.keys = append(ev.keys, keys...)
+	slices.Sort(ev.keys)
+	ev.keys = slices.Compact(ev.keys)
+	ev.segments[number] = true
+	c.nodes.Add(int64(len(ev.keys) - was))
+	return true
+}
+
+// takeEvacuation returns the nodes that a checkpoint is to move.
+func (c *cleaner) takeEvacuation() extents.Evacuation {
+	ev := &c.evacuation
+	ev.Lock()
+	defer ev.Unlock()
+	segments := ev.segments
+	e := extents.Evacuation{Keys: ev.keys, From: func(n uint32) bool { return segments[n] }}
+	ev.keys, ev.segments = nil, make(map[uint32]bool)
+	return e
+}
+
+// claim sets space for bytes of records, and for the changes of the map by so many
+// extents, aside. It is given back by unclaim.
+func (c *cleaner) claim(bytes, changes int64) bool {
+	s := c.s
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	s.reserving.Lock()
+	defer s.reserving.Unlock()
+	c.claimed.Add(bytes)
+	c.moving.Add(changes)
+	free, warm := s.segments.room()
+	// What is kept from clients for the cleaner is there for this.
+	want := s.segmentsFor(s.reserved.Load(), nodes)
+	fits := want <= uint64(free)
+	if fits && want > uint64(warm) {
+		fits = s.segments.ensure(s.file, uint32(want)) == nil
+	}
+	if !fits {
+		c.unclaim(bytes, changes)
+	}
+	return fits
+}
+
+func (c *cleaner) unclaim(bytes, changes int64) {
+	c.claimed.Add(-bytes)
+	c.moving.Add(-changes)
+}
+
+// move copies live, extents of one segment in the order of their places. It
+// reports whether it has copied any, and whether all of them. An error that wraps
+// errNoRoom says that there was no room for the rest.
+func (c *cleaner) move(number uint32, live []extents.Extent, sequence uint64) (copied, all bool, err error) {
+	s := c.s
+	all = true
+	for len(live) > 0 {
+		if c.stopping() {
+			return copied, false, s.Err()
+		}
+		n, bytes, blocks := c.claimBatch(live)
+		if n == 0 {
+			return copied, false, errNoRoom
+		}
+		moved, err := c.moveBatch(number, live[:n], sequence)
+		c.unclaim(bytes, int64(n))
+		if err != nil {
+			return copied, false, err
+		}
+		copied = copied || moved > 0
+		all = all && moved == blocks
+		live = live[n:]
+	}
+	return copied, all, nil
+}
+
+// claimBatch claims what copying the first n of live takes at worst, as many as
+// make a batch or as there is room for, and returns that and their blocks.
+func (c *cleaner) claimBatch(live []extents.Extent) (n int, bytes int64, blocks block.Count) {
+	for most := min(len(live), cleanChanges); most > 0; most = n / 2 {
+		n, bytes, blocks = 0, 0, 0
+		for n < most && (n == 0 || bytes < cleanBatchBytes) {
+			e := live[n]
+			if whole(e) {
+				bytes += recordHeader + int64(e.Addr.Length)
+			} else {
+				bytes += recordHeader + int64(e.Count.Bytes())
+			}
+			blocks += e.Count
+			n++
+		}
+		if c.claim(bytes, int64(n)) {
+			return n, bytes, blocks
+		}
+	}
+	return 0, 0, 0
+}
+
+// whole tells whether e is all of its blob.
+func whole(e extents.Extent) bool { return e.Skip == 0 && e.Count == block.Count(e.Addr.Blocks) }
+
+// moveBatch copies extents of one segment and, when the copies are written, has
+// the map lead to them. It returns the number of those blocks.
+func (c *cleaner) moveBatch(number uint32, live []extents.Extent, sequence uint64) (moved block.Count, err error) {
+	s := c.s
+	c.pending = c.pending[:0]
+	last := live[len(live)-1].Addr
+	w := &recordWindow{file: s.file, number: number, base: s.segments.base(number), limit: last.Offset + last.Length, buf: c.window, start: live[0].Addr.Offset}
+	seed := s.segments.seed(number)
+	for i := 0; i < len(live); {
+		a, k := live[i].Addr, i+1
+		for k < len(live) && live[k].Addr == a {
+			k++
+		}
+		stored, err := w.bytes(a.Offset, a.Length)
+		if err == nil && (uint32(len(stored)) != a.Length || crc32.Update(seed, castagnoli, stored) != a.Checksum) {
+			err = fmt.Errorf("store: %d bytes at %d of segment %d do not verify: %w", a.Length, a.Offset, number, ErrCorrupt)
+		}
+		if err == nil {
+			err = c.copyBlob(live[i:k], stored, sequence)
+		}
+		if s.Err() != nil {
+			return 0, s.Err()
+		}
+		if err != nil {
+			// It stays where it is, for whoever may still read it.
+			s.opts.Warn(fmt.Sprintf("blocks from %d on cannot be moved", live[i].Start), err)
+		}
+		i = k
+	}
+	c.window = w.buf
+	return c.enter(sequence)
+}
+
+// copyBlob appends the extents, all of one blob with these stored bytes.
+func (c *cleaner) copyBlob(live []extents.Extent, stored []byte, sequence uint64) (err error) {
+	a := live[0].Addr
+	if whole(live[0]) {
+		return c.copy(live[0].Range(), a.Codec, a.Level, stored, sequence)
+	}
+	blocks, recode := stored, c.recoder
+	if a.Codec != 0 {
+		if recode == nil {
+			return nil
+		}
+		if c.blocks, err = recode.Decode(c.blocks[:0], stored, a); err != nil {
+			return err
+		}
+		blocks = c.blocks
+	}
+	for _, e := range live {
+		part := blocks[int(e.Skip)*block.Size:][:e.Count.Bytes()]
+		codec, level := uint8(0), uint8(0)
+		if recode != nil {
+			out, k, l, ok := recode.Encode(c.encoded[:0], part)
+			c.encoded = out[:0]
+			if ok {
+				part, codec, level = out, k, l
+			}
+		}
+		if err := c.copy(e.Range(), codec, level, part, sequence); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// copy appends a copy of the blocks r, unless something newer has been appended
+// for any of them.
+func (c *cleaner) copy(r block.Range, codec, level uint8, stored []byte, sequence uint64) error {
+	s := c.s
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	s.mu.RLock()
+	ok := s.untouchedLocked(r, sequence)
+	s.mu.RUnlock()
+	if !ok && !mutant.Is(mutant.CopyOverNewer) {
+		return nil
+	}
+	if codec == 0 {
+		// Raw blocks can be cut anywhere, so they fill a segment to its end.
+		if n := block.Count(s.log.tailLocked() / block.Size); n > 0 && n < r.Len() {
+			head := block.Span(r.Start, n)
+			if err := c.copyLocked(head, codec, level, stored[:n.Bytes()]); err != nil {
+				return err
+			}
+			r.Start, stored = head.End, stored[n.Bytes():]
+		}
+	}
+	return c.copyLocked(r, codec, level, stored)
+}
+
+// copyLocked appends a copy of r as one record. REQUIRES: s.log.mu held.
+func (c *cleaner) copyLocked(r block.Range, codec, level uint8, stored []byte) error {
+	n := uint8(r.Len())
+	ref, err := c.s.log.appendLocked(header{kind: recordData, codec: codec, level: level, start: r.Start, count: r.Len(), present: ^uint32(0) >> (32 - n)}, stored)
+	if err != nil {
+		return err
+	}
+	c.pending = append(c.pending, extents.Extent{Start: r.Start, Count: r.Len(), Kind: extents.Data,
+		Addr: extents.Addr{Segment: ref.segment, Offset: ref.offset, Length: ref.length, Checksum: ref.checksum, Blocks: n, Codec: codec, Level: level}})
+	return nil
+}
+
+// enter waits until the copies are written and has the map lead to those whose
+// blocks nothing newer has been appended for. It returns how many blocks that are.
+func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
+	if len(c.pending) == 0 {
+		return 0, nil
+	}
+	s, l := c.s, c.s.log
+	l.mu.Lock()
+	l.padLocked()
+	queued := l.mu.queued
+	l.mu.Unlock()
+	if err := l.waitWritten(queued); err != nil {
+		return 0, err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, e := range c.pending {
+		if s.untouchedLocked(e.Range(), sequence) || mutant.Is(mutant.MapOverNewer) {
+			s.mu.open.Insert(e)
+			entered += e.Count
+			s.metrics.movedBytes.Add(uint64(e.Addr.Length))
+		}
+	}
+	s.entries.Store(s.overlayLenLocked())
+	return entered, nil
+}
+
+// The loop.
+
+// quietLooks is after how many looks with nothing appended by clients the device
+// is taken to be idle.
+const quietLooks = 3
+
+func (c *cleaner) loop(period time.Duration) {
+	timer := time.NewTimer(period)
+	defer timer.Stop()
+	for {
+		select {
+		case <-c.quit:
+			return
+		case <-timer.C:
+		}
+		select {
+		case c.turn <- struct{}{}:
+			began := time.Now()
+			worked, busy := c.work()
+			<-c.turn
+			wait := period
+			if worked {
+				// In the way of clients a fifth of the time, else half of it.
+				if wait = time.Since(began); busy {
+					wait *= 4
+				}
+			}
+			timer.Reset(min(wait, 10*period))
+		default:
+			timer.Reset(period) // a writer is at it
+		}
+	}
+}
+
+// work does a piece of the background work. It reports whether there was any, and
+// whether clients are writing.
+func (c *cleaner) work() (worked, busy bool) {
+	s := c.s
+	if n := s.metrics.dataRecords.Load() + s.metrics.holes.Load(); n != c.appended {
+		c.appended, c.quiet = n, 0
+	} else {
+		c.quiet++
+	}
+	busy = c.quiet < quietLooks
+	if c.stopping() {
+		return false, busy
+	}
+	s.mu.RLock()
+	before, nodes := s.mu.replay, s.mu.root.Nodes
+	s.mu.RUnlock()
+	free, _ := s.segments.room()
+	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.segments.cleanReserve()+max(4, uint64(s.segments.total)/64)
+	garbage, live := s.segments.garbage(before)
+	// Idle: a sixteenth of what is alive. While clients write, what dies by itself
+	// is not worth copying.
+	allowed := live/16 + 4*uint64(s.segments.size)
+	if busy && !low {
+		allowed = live/4 + 8*uint64(s.segments.size)
+	}
+	if garbage > allowed || low {
+		progress, err := c.clean(low)
+		if err != nil {
+			return false, busy // the store has failed, and said so
+		}
+		if progress {
+			// Nobody else may commit, and the log is not to grow without end.
+			if s.checkpointDue() {
+				return s.Checkpoint() == nil, busy
+			}
+			return true, busy
+		}
+	}
+	// An idle device works off what the next checkpoints free.
+	if !busy && (s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0) {
+		return s.Checkpoint() == nil, busy
+	}
+	return false, busy
+}
