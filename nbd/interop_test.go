@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -113,6 +114,9 @@ func TestNbdinfo(t *testing.T) {
 			Minimum     uint64 `json:"block_size_minimum"`
 			Preferred   uint64 `json:"block_size_preferred"`
 			Maximum     uint64 `json:"block_size_maximum"`
+			DF          bool   `json:"can_df"`
+			Cache       bool   `json:"can_cache"`
+			Contexts    []string
 		}
 	}
 	if err := json.Unmarshal(tool(t, "nbdinfo", "--json", "--no-content", s.uri("")), &info); err != nil {
@@ -121,6 +125,9 @@ func TestNbdinfo(t *testing.T) {
 	e := info.Exports[0]
 	if info.Protocol != "newstyle-fixed" || e.Size != strangersSize || e.ReadOnly || !e.FUA || !e.Multi || !e.Trim || !e.Zero || !e.FastZero {
 		t.Errorf("%+v", info)
+	}
+	if !e.DF || !e.Cache || !slices.Equal(e.Contexts, []string{contextAllocation}) {
+		t.Errorf("what structured replies bring: %+v", e)
 	}
 	if e.Minimum != 1 || e.Preferred != 4096 || e.Maximum != 32<<20 {
 		t.Errorf("block sizes: %+v", e)
@@ -137,6 +144,55 @@ func TestNbdinfo(t *testing.T) {
 	if len(info.Exports) != 2 || info.Exports[1].Description != "read-only" {
 		t.Errorf("list: %+v", info.Exports)
 	}
+}
+
+// What is allocated, as nbdinfo and qemu-img see it.
+func TestMaps(t *testing.T) {
+	s, d := serveStrangers(t)
+	copy(d.data[1<<20:], pattern(1<<20, 1))
+	copy(d.data[4<<20+12288:], pattern(4096, 1))
+	want := []struct{ Offset, Length, Type uint64 }{
+		{0, 1 << 20, 3}, {1 << 20, 1 << 20, 0}, {2 << 20, 2<<20 + 12288, 3}, {4<<20 + 12288, 4096, 0}, {4<<20 + 16384, 5<<20 - 16384, 3},
+	}
+	got := want[:0:0]
+	if err := json.Unmarshal(tool(t, "nbdinfo", "--map", "--json", s.uri("")), &got); err != nil || !slices.Equal(got, want) {
+		t.Errorf("nbdinfo: %v, %v", got, err)
+	}
+	var qemu []struct {
+		Start, Length uint64
+		Zero, Data    bool
+	}
+	if err := json.Unmarshal(tool(t, "qemu-img", "map", "--output=json", "-f", "raw", s.uri("")), &qemu); err != nil || len(qemu) != len(want) {
+		t.Fatalf("qemu-img: %v, %v", qemu, err)
+	}
+	for i, q := range qemu {
+		if w := want[i]; q.Start != w.Offset || q.Length != w.Length || q.Zero != (w.Type == 3) || q.Data == q.Zero {
+			t.Errorf("qemu-img: %+v, want %v", q, w)
+		}
+	}
+	// More extents than one answer has.
+	for off := 0; off < strangersSize; off += 4 * 4096 {
+		clear(d.data[off:][:4*4096])
+		copy(d.data[off:], pattern(4096, 1))
+	}
+	if err := json.Unmarshal(tool(t, "nbdinfo", "--map", "--json", s.uri("")), &got); err != nil || len(got) != 2*strangersSize/(4*4096) {
+		t.Errorf("nbdinfo: %d extents, %v", len(got), err)
+	}
+	if m := s.Metrics(); len(m.Errors) != 0 || m.BlockStatus.Requests == 0 {
+		t.Errorf("%+v", m)
+	}
+}
+
+// A script for libnbd's shell: see there.
+func TestNbdsh(t *testing.T) {
+	s, _ := serveStrangers(t)
+	script, err := filepath.Abs("testdata/libnbd.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	// The module belongs to the system's Python, which need not be the first.
+	t.Setenv("PATH", "/usr/bin:"+os.Getenv("PATH"))
+	tool(t, "nbdsh", "-c", fmt.Sprintf("uri = %q", s.uri("")), "-c", fmt.Sprintf("exec(open(%q).read(), globals())", script))
 }
 
 func TestNbdcopy(t *testing.T) {
@@ -182,8 +238,12 @@ func TestQemuImg(t *testing.T) {
 	qcow := image + ".qcow2"
 	tool(t, "qemu-img", "convert", "-f", "raw", "-O", "qcow2", s.uri(""), qcow)
 	tool(t, "qemu-img", "compare", "-f", "raw", "-F", "qcow2", image, qcow)
-	if errs := s.Metrics().Errors; len(errs) != 0 {
-		t.Errorf("errors: %v", errs)
+	if out := tool(t, "qemu-img", "bench", "-c", "2000", "-d", "32", "-f", "raw", "-t", "none", "-w", "--flush-interval=100", s.uri("")); !bytes.Contains(out, []byte("Run completed")) {
+		t.Errorf("bench: %s", out)
+	}
+	m := s.Metrics()
+	if len(m.Errors) != 0 || m.BlockStatus.Requests == 0 || m.Flush.Requests < 20 {
+		t.Errorf("%+v", m)
 	}
 }
 

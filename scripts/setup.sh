@@ -8,7 +8,7 @@ set -u
 
 # The tools, and the Debian package of each.
 tools=(
-	nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin
+	nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbdsh=python3-libnbd
 	qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils
 	nbdkit=nbdkit nbd-client=nbd-client fio=fio
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs debugfs=e2fsprogs
