@@ -2,7 +2,6 @@ package nbd
 
 import (
 	"bytes"
-	"encoding/binary"
 	"net"
 	"slices"
 	"testing"
@@ -13,15 +12,32 @@ import (
 // only the magic number decides.
 func FuzzHeader(f *testing.F) {
 	f.Add(header{flags: cmdFlagFUA, cmd: CmdWrite, cookie: 1, off: 1 << 40, n: 4096}.appendTo(nil))
-	f.Add(make([]byte, requestSize))
+	f.Add(header{flags: cmdFlagFUA, cmd: CmdTrim, cookie: 1, off: 1 << 40, n: 1 << 50}.appendExtended(nil))
+	f.Add(append(chunk{flags: chunkFlagDone, kind: chunkData, n: 100}.appendTo(nil, StructuredReplies), make([]byte, 12)...))
+	f.Add(chunk{flags: chunkFlagDone, kind: chunkStatusExt, n: 100}.appendTo(nil, ExtendedHeaders))
+	f.Add(make([]byte, requestExtSize))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		if len(b) < requestSize {
 			return
 		}
-		b = b[:requestSize]
-		h, ok := decodeHeader(b)
-		if got := h.appendTo(nil); ok != bytes.Equal(got, b) {
+		short := b[:requestSize]
+		h, ok := decodeHeader(short)
+		if got := h.appendTo(nil); ok != bytes.Equal(got, short) {
+			t.Errorf("%x decodes (%v) to %+v, which is %x", short, ok, h, got)
+		}
+		if len(b) < requestExtSize {
+			return
+		}
+		b = b[:requestExtSize]
+		h, ok = decodeExtended(b)
+		if got := h.appendExtended(nil); ok != bytes.Equal(got, b) {
 			t.Errorf("%x decodes (%v) to %+v, which is %x", b, ok, h, got)
+		}
+		for m, n := range map[ReplyMode]int{StructuredReplies: chunkSize, ExtendedHeaders: chunkExtSize} {
+			k, ok := decodeChunk(b[:n], m)
+			if got := k.appendTo(nil, m); ok != bytes.Equal(got, b[:n]) {
+				t.Errorf("%v: %x decodes (%v) to %+v, which is %x", m, b[:n], ok, k, got)
+			}
 		}
 	})
 }
@@ -43,6 +59,69 @@ func FuzzInfoQuery(f *testing.F) {
 		if !bytes.HasPrefix(b, appendInfoQuery(nil, q.export)[:4+len(q.export)]) {
 			t.Errorf("%x accepted as %+v", b, q)
 		}
+	})
+}
+
+// FuzzMetaQuery: a query that is accepted is one that its parts encode to.
+func FuzzMetaQuery(f *testing.F) {
+	f.Add(appendMetaQuery(nil, "export", "base:", contextAllocation, "qemu:x"))
+	f.Add(appendMetaQuery(nil, ""))
+	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
+	f.Fuzz(func(t *testing.T, b []byte) {
+		q, ok := decodeMetaQuery(b)
+		if !ok {
+			return
+		}
+		if !bytes.HasPrefix(b, appendMetaQuery(nil, q.export)[:4+len(q.export)]) || uint64(len(b)) < 8+uint64(len(q.export))+4*uint64(q.queries) {
+			t.Errorf("%x accepted as %+v", b, q)
+		}
+		if q.allocation && !bytes.Contains(b, []byte(contextAllocation)) {
+			t.Errorf("%x asks for no %s", b, contextAllocation)
+		}
+	})
+}
+
+// FuzzClient: whatever a server says, the client ends, and does not hold more than
+// it was asked for.
+func FuzzClient(f *testing.F) {
+	head := func(m ReplyMode) []byte {
+		b := greeting(3)
+		if m == StructuredReplies {
+			b = appendOptReply(b, optExtended, repErrUnsup, nil)
+			b = appendOptReply(b, optStructured, repAck, nil)
+		} else {
+			b = appendOptReply(b, optExtended, repAck, nil)
+		}
+		b = appendOptReply(b, optSetMeta, repMeta, append([]byte{0, 0, 0, 5}, contextAllocation...))
+		b = appendOptReply(b, optSetMeta, repAck, nil)
+		b = appendOptReply(b, optGo, repInfo, append([]byte{0, 0}, export(1<<20, FlagHasFlags, 0)...))
+		return appendOptReply(b, optGo, repAck, nil)
+	}
+	for _, m := range []ReplyMode{StructuredReplies, ExtendedHeaders} {
+		put := func(kind chunkType, body ...byte) []byte {
+			return append(chunk{flags: chunkFlagDone, kind: kind, cookie: 1, n: uint64(len(body))}.appendTo(nil, m), body...)
+		}
+		f.Add(head(m), put(chunkData, make([]byte, 108)...), false)
+		f.Add(head(m), put(chunkHole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100), false)
+		f.Add(head(m), put(chunkError, 0, 0, 0, 5, 0, 1, 'x'), false)
+		f.Add(head(m), put(chunkStatus, 0, 0, 0, 5, 0, 0, 0, 100, 0, 0, 0, 3), true)
+		f.Add(head(m), put(chunkStatusExt, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 3), true)
+	}
+	f.Add(append(greeting(0), export(4096, FlagHasFlags, 124)...), appendSimpleReply(nil, 0, 1), false)
+	f.Fuzz(func(t *testing.T, handshake, reply []byte, status bool) {
+		c, err := NewClient(t.Context(), replyServer(t, handshake, reply), "")
+		if err != nil {
+			return
+		}
+		if status {
+			extents, err := c.BlockStatus(t.Context(), 0, 100, false)
+			if err == nil && (len(extents) == 0 || len(extents) > len(reply)/8) {
+				t.Errorf("%d extents in %d bytes", len(extents), len(reply))
+			}
+		} else {
+			c.ReadAt(t.Context(), make([]byte, 100), 0)
+		}
+		c.Close()
 	})
 }
 
@@ -96,111 +175,8 @@ func FuzzConnection(f *testing.F) {
 	add([]byte{0, 0, 0, 0}, appendOption(nil, optList, nil))
 	add(hello, appendOption(nil, 77, make([]byte, 1000)), appendOption(nil, optGo, []byte("no query")))
 
-	f.Fuzz(func(t *testing.T, stream []byte) {
-		d := newMemDisk(128 << 10)
-		s, err := NewServer(Options{Exports: []Export{{Backend: d}}, PayloadBytesMax: 64 << 10})
-		if err != nil {
-			t.Fatal(err)
-		}
-		nc := new(streamConn)
-		nc.in.Reset(stream)
-		err = newConn(s, nc).serve()
-		d.idle(t)
-		if n := s.Metrics().RequestsInFlight; n != 0 {
-			t.Errorf("%d requests in flight at the end", n)
-		}
-		checkConversation(t, stream, nc.out.Bytes(), err == nil)
-	})
-}
-
-// checkConversation checks what the server said (out) to a client that said in;
-// polite tells that the connection ended in good order.
-func checkConversation(t *testing.T, in, out []byte, polite bool) {
-	take := func(b *[]byte, n int) []byte {
-		if len(*b) < n {
-			n = len(*b)
-		}
-		p := (*b)[:n]
-		*b = (*b)[n:]
-		return p
+	for _, stream := range recorded(f) {
+		f.Add(stream)
 	}
-	if !bytes.Equal(take(&out, 18), greeting(3)) {
-		t.Fatal("greeting")
-	}
-	if len(in) < 4 {
-		return
-	}
-	zeroes := reservedZeroes
-	if take(&in, 4)[3]&flagNoZeroes != 0 {
-		zeroes = 0
-	}
-	be32 := binary.BigEndian.Uint32
-	// The handshake: each option has replies, the last of which is final.
-	for transmission := false; !transmission; {
-		o := take(&in, optionSize)
-		if len(o) < optionSize || len(out) == 0 {
-			if len(out) != 0 {
-				t.Fatalf("said to nothing: %x", out)
-			}
-			return
-		}
-		opt := option(be32(o[8:]))
-		take(&in, int(be32(o[12:])))
-		if opt == optExportName {
-			if got := take(&out, 10+zeroes); len(got) != 10+zeroes {
-				t.Fatalf("reply to EXPORT_NAME of %d bytes", len(got))
-			}
-			break
-		}
-		for final := false; !final; {
-			r := take(&out, optReplySize)
-			if len(r) < optReplySize || binary.BigEndian.Uint64(r) != magicOptReply || option(be32(r[8:])) != opt {
-				t.Fatalf("reply %x to option %d", r, opt)
-			}
-			kind, n := optReply(be32(r[12:])), int(be32(r[16:]))
-			if got := take(&out, n); len(got) != n {
-				t.Fatalf("reply to option %d is cut off", opt)
-			}
-			final = kind == repAck || kind&repErr != 0
-			transmission = kind == repAck && opt == optGo
-		}
-	}
-	// Transmission: one answer for each request, in any order.
-	asked := map[uint64]header{}
-	for len(in) >= requestSize {
-		h, ok := decodeHeader(take(&in, requestSize))
-		if !ok || h.cmd == CmdDisc {
-			break
-		}
-		if h.cmd == CmdWrite && len(take(&in, int(h.n))) < int(h.n) {
-			break // not arrived, so not asked
-		}
-		if _, twice := asked[h.cookie]; twice {
-			return // which one an answer is for cannot be told
-		}
-		asked[h.cookie] = h
-	}
-	for len(out) > 0 {
-		r := take(&out, simpleReplySize)
-		if len(r) < simpleReplySize {
-			t.Fatalf("half a reply: %x", r)
-		}
-		e, cookie, ok := decodeSimpleReply(r)
-		h, was := asked[cookie]
-		if !ok || !was {
-			t.Fatalf("reply %x to no request", r)
-		}
-		delete(asked, cookie)
-		if _, known := errnoNames[e]; e != 0 && !known {
-			t.Fatalf("error number %d", e)
-		}
-		if e == 0 && h.cmd == CmdRead {
-			if got := take(&out, int(h.n)); len(got) != int(h.n) {
-				t.Fatalf("data of %d bytes instead of %d", len(got), h.n)
-			}
-		}
-	}
-	if polite && len(asked) > 0 {
-		t.Fatalf("without an answer: %v", asked)
-	}
+	f.Fuzz(converse)
 }
