@@ -36,7 +36,7 @@ func TestRandomClients(t *testing.T) {
 			s := serve(t, tc.opts)
 			var group sync.WaitGroup
 			for i := range conns {
-				c := s.dial("")
+				c := s.dialMode("", ReplyMode(1+i%3))
 				for j := range perConn {
 					m := &modelClient{
 						t: t, c: c, d: d,
@@ -56,7 +56,7 @@ func TestRandomClients(t *testing.T) {
 			}
 			group.Wait()
 			m := s.Metrics()
-			if m.Read.Requests == 0 || m.Write.Requests == 0 || m.Trim.Requests == 0 || m.Flush.Requests == 0 || len(m.Errors) != 0 {
+			if m.Read.Requests == 0 || m.Write.Requests == 0 || m.Trim.Requests == 0 || m.Cache.Requests == 0 || m.BlockStatus.Requests == 0 || m.Flush.Requests == 0 || len(m.Errors) != 0 {
 				t.Errorf("metrics: %+v", m)
 			}
 		})
@@ -84,7 +84,7 @@ func (m *modelClient) step() bool {
 	ctx := m.t.Context()
 	var err error
 	durable := false
-	switch op := m.r.IntN(20); {
+	switch op := m.r.IntN(22); {
 	case op < 8:
 		p := make([]byte, n)
 		if err = m.c.ReadAt(ctx, p, at); err == nil && !bytes.Equal(p, m.model[off:off+n]) {
@@ -101,6 +101,17 @@ func (m *modelClient) step() bool {
 	case op < 18:
 		clear(m.model[off : off+n])
 		err, durable = m.c.WriteZeroes(ctx, at, uint64(n), ZeroFlags{FUA: fua}), fua
+	case op < 19:
+		err = m.c.Cache(ctx, at, uint64(n))
+	case op < 20:
+		if !m.c.CanBlockStatus() {
+			return true
+		}
+		var extents []Extent
+		if extents, err = m.c.BlockStatus(ctx, at, uint64(n), fua); err == nil && !m.holes(extents, off, n) {
+			m.t.Errorf("%d bytes at %d (base %d) are told to be %v", n, at, m.base, extents)
+			return false
+		}
 	default:
 		off, n = 0, len(m.model)
 		err, durable = m.c.Flush(ctx), true
@@ -117,6 +128,18 @@ func (m *modelClient) step() bool {
 			m.t.Errorf("%d bytes at %d are not durable", n, at)
 			return false
 		}
+	}
+	return true
+}
+
+// holes reports whether extents, told of the n bytes at off, lie within them, and
+// every hole is zeroes.
+func (m *modelClient) holes(extents []Extent, off, n int) bool {
+	for _, x := range extents {
+		if x.Length > uint64(n) || x.State == StateHole|StateZero && !isZero(m.model[off:off+int(x.Length)]) {
+			return false
+		}
+		off, n = off+int(x.Length), n-int(x.Length)
 	}
 	return true
 }
