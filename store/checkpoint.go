@@ -72,6 +72,10 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 			return err
 		}
 	}
+	// Should both superblocks be lost, the log has what they said.
+	if _, epoch, err = s.log.append(recordSuper, sb.encode()[:superFields]); err != nil {
+		return err
+	}
 	// Invariant 3: a commit closes the epoch of the last of these records and is
 	// durable, before the superblock leads to them.
 	if err := s.waitDurable(epoch); err != nil {

@@ -90,6 +90,7 @@ const (
 	recordNode   recordType = 4 // a node of the extent map
 	recordUsage  recordType = 5 // a part of the segment table
 	recordTrims  recordType = 6 // the trims not yet worked into the map
+	recordSuper  recordType = 7 // a copy of the superblock that is about to be written
 )
 
 // A Geometry is what is fixed when a store is made, or changed by a resize.
@@ -102,6 +103,42 @@ type Geometry struct {
 	Codec        uint8  // default codec and level for new data, ids of package compression
 	Level        uint8
 	DirtyMax     uint64 // the largest dirty limit that a server may use, in bytes (rule R8)
+}
+
+// geometrySize is the size of an encoded geometry without its UUID:
+//
+//	0     8   device size
+//	8     8   capacity
+//	16    4   segment size
+//	20    4   blocks of an extent
+//	24    1   default codec
+//	25    1   default level
+//	26    6   reserved
+//	32    8   largest dirty limit
+const geometrySize = 40
+
+func (g *Geometry) encode(b []byte) {
+	le := binary.LittleEndian
+	le.PutUint64(b, g.DeviceSize)
+	le.PutUint64(b[8:], g.Capacity)
+	le.PutUint32(b[16:], g.SegmentSize)
+	le.PutUint32(b[20:], g.ExtentBlocks)
+	b[24], b[25] = g.Codec, g.Level
+	le.PutUint64(b[32:], g.DirtyMax)
+}
+
+// decodeGeometry decodes all but the UUID, and says whether it is sound.
+func decodeGeometry(b []byte) (g Geometry, err error) {
+	le := binary.LittleEndian
+	g = Geometry{
+		DeviceSize: le.Uint64(b), Capacity: le.Uint64(b[8:]),
+		SegmentSize: le.Uint32(b[16:]), ExtentBlocks: le.Uint32(b[20:]),
+		Codec: b[24], Level: b[25], DirtyMax: le.Uint64(b[32:]),
+	}
+	if !allZero(b[26:32]) {
+		return g, errors.New("reserved bytes are not zero")
+	}
+	return g, g.Validate()
 }
 
 // Segments is the number of segments that the capacity allows.
@@ -147,14 +184,7 @@ type blobRef struct {
 //	8     4   format version
 //	12    4   reserved
 //	16    16  UUID of the store
-//	32    8   device size
-//	40    8   capacity
-//	48    4   segment size
-//	52    4   blocks of an extent
-//	56    1   default codec
-//	57    1   default level
-//	58    6   reserved
-//	64    8   largest dirty limit
+//	32    40  geometry
 //	72    8   sequence number of the checkpoint; it lies in slot (number mod 2)
 //	80    8   epoch of the commit whose state this is
 //	88    4   replay starts here: segment,
@@ -186,6 +216,7 @@ type nodeTotals struct{ copies, bytes uint64 }
 const (
 	superRoot     = 136
 	superRootSize = 96
+	superFields   = 256 // bytes that have a meaning; a record of type recordSuper holds them
 )
 
 // The encoded root must fit into its place.
@@ -197,12 +228,7 @@ func (sb *superblock) encode() []byte {
 	copy(b, superMagic[:])
 	le.PutUint32(b[8:], Version)
 	copy(b[16:], sb.UUID[:])
-	le.PutUint64(b[32:], sb.DeviceSize)
-	le.PutUint64(b[40:], sb.Capacity)
-	le.PutUint32(b[48:], sb.SegmentSize)
-	le.PutUint32(b[52:], sb.ExtentBlocks)
-	b[56], b[57] = sb.Codec, sb.Level
-	le.PutUint64(b[64:], sb.DirtyMax)
+	sb.Geometry.encode(b[32:])
 	le.PutUint64(b[72:], sb.sequence)
 	le.PutUint64(b[80:], sb.epoch)
 	le.PutUint32(b[88:], sb.replay.segment)
@@ -231,12 +257,22 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if v := le.Uint32(b[8:]); v != Version {
 		return nil, fmt.Errorf("format %d, this program knows %d, a newer cnbd does: %w", v, Version, ErrVersion)
 	}
+	if !allZero(b[superFields:4092]) {
+		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
+	}
+	return decodeSuperFields(b)
+}
+
+// decodeSuperFields decodes the first superFields bytes of a superblock, which are
+// known to be what was written.
+func decodeSuperFields(b []byte) (*superblock, error) {
+	le := binary.LittleEndian
+	g, err := decodeGeometry(b[32:])
+	if err != nil {
+		return nil, fmt.Errorf("superblock: %w: %w", ErrCorrupt, err)
+	}
 	sb := &superblock{
-		Geometry: Geometry{
-			DeviceSize: le.Uint64(b[32:]), Capacity: le.Uint64(b[40:]),
-			SegmentSize: le.Uint32(b[48:]), ExtentBlocks: le.Uint32(b[52:]),
-			Codec: b[56], Level: b[57], DirtyMax: le.Uint64(b[64:]),
-		},
+		Geometry: g,
 		sequence: le.Uint64(b[72:]),
 		epoch:    le.Uint64(b[80:]),
 		replay:   position{le.Uint32(b[88:]), le.Uint32(b[92:]), le.Uint64(b[96:])},
@@ -246,9 +282,6 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 		nodes:    nodeTotals{le.Uint64(b[240:]), le.Uint64(b[248:])},
 	}
 	copy(sb.UUID[:], b[16:32])
-	if err := sb.Validate(); err != nil {
-		return nil, fmt.Errorf("superblock: %w: %w", ErrCorrupt, err)
-	}
 	root, err := extents.DecodeRoot(b[superRoot : superRoot+extents.RootSize])
 	if err != nil {
 		return nil, fmt.Errorf("superblock: root: %w", err)
@@ -257,7 +290,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if n := sb.Segments(); sb.replay.segment >= n || sb.segments > uint64(n) || sb.replay.offset > sb.SegmentSize {
 		return nil, fmt.Errorf("superblock: replay from segment %d of %d: %w", sb.replay.segment, n, ErrCorrupt)
 	}
-	if !allZero(b[12:16]) || !allZero(b[58:64]) || !allZero(b[256:4092]) || !allZero(b[superRoot+extents.RootSize:232]) {
+	if !allZero(b[12:16]) || !allZero(b[superRoot+extents.RootSize:232]) {
 		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
 	}
 	return sb, nil
@@ -301,7 +334,8 @@ func allZero(b []byte) bool {
 //	72    4   offset in it at which the log ended
 //	76    4   reserved
 //	80    8   newest durable epoch when this header was made
-//	88    …   reserved
+//	88    40  geometry of the store, for a repair without superblocks
+//	128   …   reserved
 //	4092  4   CRC-32C of bytes 0 to 4091
 //
 // Bytes 8 to 47 are the segment's identity; their CRC-32C is the seed of every
@@ -319,13 +353,13 @@ type segmentHead struct {
 	durable uint64
 }
 
-func (h *segmentHead) encode(b []byte, store uuid.UUID) {
+func (h *segmentHead) encode(b []byte, store *Geometry) {
 	le := binary.LittleEndian
 	clear(b[:segmentHeader])
 	copy(b, segmentMagic[:])
 	le.PutUint32(b[8:], Version)
 	le.PutUint32(b[12:], h.number)
-	copy(b[16:], store[:])
+	copy(b[16:], store.UUID[:])
 	le.PutUint64(b[32:], h.life)
 	le.PutUint64(b[40:], h.serial)
 	le.PutUint32(b[48:], h.next)
@@ -334,6 +368,7 @@ func (h *segmentHead) encode(b []byte, store uuid.UUID) {
 	le.PutUint64(b[64:], h.plife)
 	le.PutUint32(b[72:], h.pend)
 	le.PutUint64(b[80:], h.durable)
+	store.encode(b[88:])
 	le.PutUint32(b[4092:], crc32.Checksum(b[:4092], castagnoli))
 }
 
@@ -453,6 +488,8 @@ func decodeHeader(b []byte, seed, offset uint32) (h header, sum uint32, err erro
 		ok = ok && h.length == commitPayload
 	case recordNode, recordUsage, recordTrims:
 		ok = ok && h.length > 0
+	case recordSuper:
+		ok = ok && h.length == superFields
 	default:
 		ok = false
 	}

@@ -53,9 +53,11 @@ func FuzzSuperblock(f *testing.F) {
 // has meaning.
 func FuzzSegmentHead(f *testing.F) {
 	id := uuid.UUID{1, 2, 3}
+	g := testGeometry(1000, 16)
+	g.UUID = id
 	var b [segmentHeader]byte
-	(&segmentHead{number: 5, life: 6, serial: 7, next: 8, prev: 9, pserial: 10, plife: 11, pend: 12, durable: 13}).encode(b[:], id)
-	f.Add(b[:88])
+	(&segmentHead{number: 5, life: 6, serial: 7, next: 8, prev: 9, pserial: 10, plife: 11, pend: 12, durable: 13}).encode(b[:], &g)
+	f.Add(b[:128])
 	f.Fuzz(func(t *testing.T, in []byte) {
 		b := seal(in)
 		h, ok := decodeSegmentHead(b, id, 5)
@@ -63,7 +65,7 @@ func FuzzSegmentHead(f *testing.F) {
 			return
 		}
 		var again [segmentHeader]byte
-		h.encode(again[:], id)
+		h.encode(again[:], &g)
 		if !bytes.Equal(again[:76], b[:76]) || !bytes.Equal(again[80:88], b[80:88]) {
 			t.Errorf("decodes to %+v, which encodes otherwise", h)
 		}

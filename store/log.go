@@ -231,7 +231,7 @@ func (l *log) rollLocked() error {
 	l.segments.identify(l.mu.head.number, l.mu.serials, l.mu.seed)
 	l.mu.end = 0
 	var b [segmentHeader]byte
-	l.mu.head.encode(b[:], l.store.UUID)
+	l.mu.head.encode(b[:], l.store)
 	l.copyLocked(b[:])
 	l.copyLocked(b[:])
 	l.mu.since += segmentData

@@ -328,8 +328,8 @@ func (s *Store) beginLife(end logEnd) error {
 		}
 	}
 	var b [segmentData]byte
-	head.encode(b[:segmentHeader], s.geometry.UUID)
-	head.encode(b[segmentHeader:], s.geometry.UUID)
+	head.encode(b[:segmentHeader], &s.geometry)
+	head.encode(b[segmentHeader:], &s.geometry)
 	if _, err := s.file.WriteAt(b[:], s.segments.base(head.number)); err != nil {
 		return fmt.Errorf("store: write header of segment %d: %w", head.number, err)
 	}
