@@ -79,12 +79,19 @@ type checker struct {
 	rep  *CheckReport
 	used map[uint32]*usage
 	done uint64
+
+	// What can be read of the map.
+	entries, nodes uint64
+	totals         nodeTotals
+	worn           []block.Range // of nodes of which a copy is damaged, and another is not
 }
 
 // usage is what the map refers to in one segment.
 type usage struct {
 	refs, bytes uint64
 	places      []place
+	// Of them, the nodes that cannot be read.
+	goneRefs, goneBytes uint64
 }
 
 // A place is a run of bytes in a segment that a blob or a node takes.
@@ -110,7 +117,6 @@ func (c *checker) run() error {
 	total := s.mu.root.Entries + s.mu.root.Nodes
 	device := block.Range{End: block.Index(s.geometry.Blocks())}
 	last := extents.Extent{}
-	var entries uint64
 	err := s.tree.Walk(s.mu.root, func(n extents.WalkNode) error {
 		c.step(total)
 		rep.Nodes++
@@ -119,19 +125,31 @@ func (c *checker) run() error {
 			u.refs++
 			u.bytes += uint64(n.Length)
 			u.places = append(u.places, place{offset: at.Offset, length: uint32(n.Length)})
+			if n.Err != nil {
+				u.goneRefs++
+				u.goneBytes += uint64(n.Length)
+			} else {
+				c.totals.copies++
+				c.totals.bytes += uint64(n.Length)
+			}
 			b := make([]byte, n.Length)
 			if err := s.readBlob(b, blobRef{at.Segment, at.Offset, uint32(n.Length), at.Checksum}); err != nil {
 				rep.problem("map node of %v, copy %d: %v", n.Keys, i+1, err)
+				if n.Err == nil {
+					c.worn = append(c.worn, n.Keys)
+				}
 			}
 		}
 		if n.Err != nil {
 			rep.problem("map node of %v cannot be read: %v", n.Keys, n.Err)
 			c.lost(n.Keys)
+		} else {
+			c.nodes++
 		}
 		return nil
 	}, func(e extents.Extent) error {
 		c.step(total)
-		entries++
+		c.entries++
 		if e.Start < last.Range().End {
 			rep.problem("extents %v and %v overlap", last.Range(), e.Range())
 		}
@@ -150,8 +168,8 @@ func (c *checker) run() error {
 	if err != nil {
 		return err
 	}
-	if entries != s.mu.root.Entries && len(rep.Problems) == 0 {
-		rep.problem("the map has %d extents, its root says %d", entries, s.mu.root.Entries)
+	if c.entries != s.mu.root.Entries && len(rep.Problems) == 0 {
+		rep.problem("the map has %d extents, its root says %d", c.entries, s.mu.root.Entries)
 	}
 	c.checkAccounting()
 	// What the device reads as: overlay, pending trims and tree together.

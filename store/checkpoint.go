@@ -72,6 +72,7 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 			return err
 		}
 	}
+	sb.seeds = [2]uint32{s.segments.seed(sb.usage.segment), s.segments.seed(sb.trims.segment)}
 	// Should both superblocks be lost, the log has what they said.
 	if _, epoch, err = s.log.append(recordSuper, sb.encode()[:superFields]); err != nil {
 		return err

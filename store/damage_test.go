@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"testing"
 
@@ -19,6 +20,8 @@ type damageStore struct {
 	disk *disktest.Disk
 	want map[block.Index][]byte // stored bytes by block; the others are holes
 	used []byteRange            // of the file, that a store has ever written
+
+	states []map[block.Index][]byte // want at each commit that changed something
 }
 
 type byteRange struct{ off, n int64 }
@@ -31,6 +34,7 @@ const damageBlocks = 1 << 12
 func newDamageStore(t *testing.T, stopped bool) *damageStore {
 	t.Helper()
 	s := &damageStore{want: make(map[block.Index][]byte)}
+	s.states = append(s.states, maps.Clone(s.want))
 	d := disktest.New(1, disktest.Options{})
 	must(t, Format(d, testGeometry(damageBlocks, 24)))
 	opts := Options{CheckpointBytes: 1 << 30, TrimLeaves: 1}
@@ -41,6 +45,7 @@ func newDamageStore(t *testing.T, stopped bool) *damageStore {
 			s.want[block.Index(b)] = p
 		}
 		must(t, c.commit())
+		s.states = append(s.states, maps.Clone(s.want))
 	}
 	hole := func(c *committed, r block.Range) {
 		must(t, c.hole(r))
@@ -93,7 +98,9 @@ type outcome struct {
 
 // judge opens d and compares all blocks. Wrong data, wrong zeros, and errors that
 // are not for damage are an error.
-func (s *damageStore) judge(d *disktest.Disk) (o outcome, err error) {
+func (s *damageStore) judge(d *disktest.Disk) (o outcome, err error) { return judge(d, s.want) }
+
+func judge(d *disktest.Disk, state map[block.Index][]byte) (o outcome, err error) {
 	st, err := Open(d, Options{MapCacheBytes: 1 << 20})
 	if err != nil {
 		if !IsDamage(err) && !errors.Is(err, ErrNotStore) && !errors.Is(err, ErrVersion) {
@@ -113,7 +120,7 @@ func (s *damageStore) judge(d *disktest.Disk) (o outcome, err error) {
 		}
 		next = e.Range().End
 		for b := e.Start; b < next; b++ {
-			want := s.want[b]
+			want := state[b]
 			switch e.Kind {
 			case extents.Lost:
 				o.lost++

@@ -192,7 +192,10 @@ type blobRef struct {
 //	96    8     serial of the segment
 //	104   16  segment table: last record of its chain (segment, offset, length, checksum)
 //	120   16  pending trims: record (length 0: none)
-//	136   96  root of the extent map (package extents)
+//	136   64  root of the extent map (package extents)
+//	200   4   seed of the checksums in the segment of the segment table's last record
+//	204   4   the same of the pending trims; both for when its header is lost
+//	208   24  reserved
 //	232   8   entries of the segment table
 //	240   8   copies of map nodes that are referred to
 //	248   8   bytes of them
@@ -206,6 +209,7 @@ type superblock struct {
 	usage    blobRef
 	trims    blobRef
 	root     extents.Root
+	seeds    [2]uint32 // of the segments of usage and trims
 	segments uint64
 	nodes    nodeTotals
 }
@@ -215,7 +219,7 @@ type nodeTotals struct{ copies, bytes uint64 }
 
 const (
 	superRoot     = 136
-	superRootSize = 96
+	superRootSize = 64
 	superFields   = 256 // bytes that have a meaning; a record of type recordSuper holds them
 )
 
@@ -237,6 +241,8 @@ func (sb *superblock) encode() []byte {
 	putBlobRef(b[104:], sb.usage)
 	putBlobRef(b[120:], sb.trims)
 	sb.root.Append(b[:superRoot])
+	le.PutUint32(b[200:], sb.seeds[0])
+	le.PutUint32(b[204:], sb.seeds[1])
 	le.PutUint64(b[232:], sb.segments)
 	le.PutUint64(b[240:], sb.nodes.copies)
 	le.PutUint64(b[248:], sb.nodes.bytes)
@@ -278,6 +284,7 @@ func decodeSuperFields(b []byte) (*superblock, error) {
 		replay:   position{le.Uint32(b[88:]), le.Uint32(b[92:]), le.Uint64(b[96:])},
 		usage:    getBlobRef(b[104:]),
 		trims:    getBlobRef(b[120:]),
+		seeds:    [2]uint32{le.Uint32(b[200:]), le.Uint32(b[204:])},
 		segments: le.Uint64(b[232:]),
 		nodes:    nodeTotals{le.Uint64(b[240:]), le.Uint64(b[248:])},
 	}
@@ -290,7 +297,7 @@ func decodeSuperFields(b []byte) (*superblock, error) {
 	if n := sb.Segments(); sb.replay.segment >= n || sb.segments > uint64(n) || sb.replay.offset > sb.SegmentSize {
 		return nil, fmt.Errorf("superblock: replay from segment %d of %d: %w", sb.replay.segment, n, ErrCorrupt)
 	}
-	if !allZero(b[12:16]) || !allZero(b[superRoot+extents.RootSize:232]) {
+	if !allZero(b[12:16]) || !allZero(b[208:232]) {
 		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
 	}
 	return sb, nil

@@ -117,7 +117,6 @@ func Open(f disk.File, opts Options) (*Store, error) {
 }
 
 func (s *Store) open() error {
-	s.progress.cond = sync.NewCond(&s.progress.Mutex)
 	// Rule R5: what a client could read before a crash may be in the host's page
 	// cache only, and what is in the cache may never have reached the medium.
 	if !s.opts.ReadOnly && !mutant.Is(mutant.OpenWithoutSync) {
@@ -134,11 +133,7 @@ func (s *Store) open() error {
 	if err != nil {
 		return err
 	}
-	s.geometry = sb.Geometry
-	s.segments = newSegments(&s.geometry)
-	s.nodes = &nodeStore{s: s}
-	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
-	s.mu.open = extents.NewOverlay()
+	s.reset(sb.Geometry)
 	durable := sb.epoch // the newest one, whether its checkpoint can be used or not
 	if err := s.loadCheckpoint(sb); err != nil {
 		if other == nil {
@@ -165,6 +160,16 @@ func (s *Store) open() error {
 		return nil
 	}
 	return s.beginLife(end)
+}
+
+// reset empties s for a store of that geometry.
+func (s *Store) reset(g Geometry) {
+	s.geometry = g
+	s.segments = newSegments(&s.geometry)
+	s.nodes = &nodeStore{s: s}
+	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
+	s.mu.open = extents.NewOverlay()
+	s.progress.cond = sync.NewCond(&s.progress.Mutex)
 }
 
 // readSuperblocks gives the newest good checkpoint, and the other one if it is good.
@@ -221,12 +226,13 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 	t := s.segments
 	entries := uint64(0)
 	seen := make(map[blobRef]bool)
+	seed := sb.seeds[0]
 	for ref := sb.usage; ref.length != 0; {
 		if seen[ref] || ref.length > usageHead+usageBatch*usageEntry {
 			return fmt.Errorf("store: segment table: %w", ErrCorrupt)
 		}
 		seen[ref] = true
-		b, err := s.readOwn(ref)
+		b, err := s.readOwn(ref, seed)
 		if err != nil {
 			return fmt.Errorf("store: segment table: %w", err)
 		}
@@ -251,7 +257,7 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 		if uint64(sb.trims.length) > uint64(t.size) {
 			return fmt.Errorf("store: pending trims: %w", ErrCorrupt)
 		}
-		b, err := s.readOwn(sb.trims)
+		b, err := s.readOwn(sb.trims, sb.seeds[1])
 		if err != nil {
 			return fmt.Errorf("store: pending trims: %w", err)
 		}
@@ -268,20 +274,23 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 }
 
 // readOwn reads a record of the store's own. Its segment need not be in the
-// table yet, so its header tells who it is.
-func (s *Store) readOwn(ref blobRef) ([]byte, error) {
+// table yet, so its header tells who it is, and seed, if it is not 0, when that is
+// lost.
+func (s *Store) readOwn(ref blobRef, seed uint32) ([]byte, error) {
 	if ref.segment >= s.segments.total || uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) {
 		return nil, fmt.Errorf("record at %d of segment %d: %w", ref.offset, ref.segment, ErrCorrupt)
 	}
 	h, ok, err := s.readSegmentHead(ref.segment)
-	if err != nil {
+	switch {
+	case ok:
+		seed = identitySeed(s.geometry.UUID, h.number, h.life, h.serial)
+	case seed != 0:
+	case err != nil:
 		return nil, err
-	}
-	if !ok {
+	default:
 		return nil, fmt.Errorf("header of segment %d: %w", ref.segment, ErrCorrupt)
 	}
 	b := make([]byte, ref.length)
-	seed := identitySeed(s.geometry.UUID, h.number, h.life, h.serial)
 	return b, s.readSeeded(b, ref, seed)
 }
 
@@ -354,6 +363,16 @@ func (s *Store) beginLife(end logEnd) error {
 // the end leave none to open with. If it fails the store has failed, and can be
 // read.
 func (s *Store) makeRoom() {
+	for range 2 { // rule R4
+		if free, _ := s.segments.room(); free >= reserveSegments || s.checkpointAlone() != nil {
+			return
+		}
+	}
+}
+
+// checkpointAlone takes a checkpoint, with the commits that it needs, while nobody
+// else uses the store.
+func (s *Store) checkpointAlone() error {
 	need := s.opts.NeedCommit
 	defer func() { s.setNeedCommit(need) }()
 	want := make(chan struct{}, 1)
@@ -363,20 +382,15 @@ func (s *Store) makeRoom() {
 		default:
 		}
 	})
-	for range 2 { // rule R4
-		if free, _ := s.segments.room(); free >= reserveSegments || s.Err() != nil {
-			return
-		}
-		done := make(chan error, 1)
-		go func() { done <- s.Checkpoint() }()
-		for running := true; running; {
-			select {
-			case <-done:
-				running = false
-			case <-want:
-				if c, ok, err := s.AppendCommit(); err == nil && ok {
-					_ = s.Sync(c) // a failure ends the checkpoint too
-				}
+	done := make(chan error, 1)
+	go func() { done <- s.Checkpoint() }()
+	for {
+		select {
+		case err := <-done:
+			return err
+		case <-want:
+			if c, ok, err := s.AppendCommit(); err == nil && ok {
+				_ = s.Sync(c) // a failure ends the checkpoint too
 			}
 		}
 	}

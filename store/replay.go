@@ -34,6 +34,7 @@ type logEnd struct {
 	epochs  uint64      // the largest epoch seen
 	replay  uint64      // the serial of the segment where replay began
 	bytes   uint64      // of the accepted log behind that
+	durable uint64      // the newest epoch that anything names as durable
 }
 
 // A scanned record is what replay keeps of a record until its epoch is judged.
@@ -69,7 +70,7 @@ type fault struct {
 func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 	s.recovery = Recovery{Checkpoint: sb.sequence, Epoch: sb.epoch}
 	sc := &scanner{s: s, end: logEnd{epochs: durable, replay: sb.replay.serial}, durable: durable, tail: position{sb.replay.segment, sb.replay.offset, sb.replay.serial}}
-	if err := sc.scan(sb); err != nil {
+	if err := sc.scan(sb); err != nil && !s.salvage {
 		return logEnd{}, err
 	}
 	sc.probeSegments()
@@ -95,11 +96,14 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 			}
 		}
 		if (bad || foreign) && r.epoch > sc.durable {
-			if unread != nil {
+			if unread != nil && !s.salvage {
 				// It may be the last commit that was acknowledged.
 				return logEnd{}, fmt.Errorf("store: epoch %d, which may be durable: %w", r.epoch, unread)
 			}
 			break // a torn tail
+		}
+		if foreign && s.salvage {
+			break
 		}
 		if foreign {
 			return logEnd{}, fmt.Errorf("store: epoch %d was durable, and its commit record does not agree with the log before it: %w", r.epoch, ErrCorrupt)
@@ -112,7 +116,8 @@ func (s *Store) replay(sb *superblock, durable uint64) (logEnd, error) {
 		first, t, end = i+1, tally{}, r.end
 	}
 	s.recovery.Dropped = uint64(len(sc.records) - first)
-	if s.recovery.Epoch < sc.durable {
+	sc.end.durable = sc.durable
+	if s.recovery.Epoch < sc.durable && !s.salvage {
 		err := fmt.Errorf("store: epoch %d was durable, and the log can be read up to epoch %d only: %w", sc.durable, s.recovery.Epoch, ErrCorrupt)
 		if sc.fault != nil {
 			err = fmt.Errorf("%w: segment %d at %d: %w", err, sc.fault.at.segment, sc.fault.at.offset, sc.fault.err)

@@ -185,6 +185,39 @@ func (t *segments) account(n uint32, refs, bytes int64) {
 	s.bytes = uint64(int64(s.bytes) + bytes)
 }
 
+// recount replaces the accounting by what the map refers to, and takes segments
+// that it refers to and that counted as free. Segments without a reference whose
+// serial is below spare are free. It is for a repair.
+func (t *segments) recount(used map[uint32]*usage, spare uint64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for n, u := range used {
+		if u.refs > u.goneRefs && t.atLocked(n).state == segmentFree {
+			t.useLocked(n)
+			t.table[n].serial = 1 // unknown, and before all others
+		}
+	}
+	for n := range t.table {
+		s := &t.table[n]
+		if s.state != segmentUsed {
+			continue
+		}
+		s.refs, s.bytes = 0, 0
+		if u := used[uint32(n)]; u != nil {
+			s.refs, s.bytes = u.refs-u.goneRefs, u.bytes-u.goneBytes
+		}
+		switch {
+		case s.refs > 0:
+			s.emptyAt = 0
+		case s.serial < spare:
+			*s = segment{remains: true}
+			t.free++
+			t.rests++
+			t.low = min(t.low, uint32(n))
+		}
+	}
+}
+
 // pin keeps every segment that the state of checkpoint version, or a later one,
 // refers to from being reused until unpin.
 func (t *segments) pin(version uint64) {

@@ -128,6 +128,7 @@ type Store struct {
 	log      *log     // nil if read-only
 	cleaner  *cleaner // nil if read-only
 
+	salvage  bool                  // recovery goes on where it would refuse: see Repair
 	failure  atomic.Pointer[error] // the first failed write or sync
 	snapshot atomic.Bool           // the next commit is to be a checkpoint's
 

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"bufio"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -14,19 +17,32 @@ import (
 )
 
 func newCheck() *cobra.Command {
-	var data, asJSON bool
+	var data, asJSON, repairs, yes bool
 	cmd := &cobra.Command{
 		Use:   "check BACKING",
 		Short: "Prove that a store is whole",
 		Long: "Read the map, the accounting and the log of the store in BACKING, and with --data every stored\n" +
-			"byte, and verify all checksums. Nothing is changed. The store must not be served meanwhile." + exitHelp,
+			"byte, and verify all checksums. Nothing is changed. The store must not be served meanwhile.\n\n" +
+			"--repair makes a store that was found damaged one that opens again: it takes the newest commit whose\n" +
+			"state is whole, says what it cannot save, and asks. Damaged data stays as it is, and reads as an error." + exitHelp,
 		Args: oneBacking,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if repairs {
+				if data || asJSON {
+					return usage(errors.New("--repair goes with neither --data nor --json: it reads the map and the log, and asks"))
+				}
+				return repair(cmd, args[0], yes)
+			}
+			if yes {
+				return usage(errors.New("--yes goes with --repair"))
+			}
 			return check(cmd, args[0], data, asJSON)
 		},
 	}
 	cmd.Flags().BoolVar(&data, "data", false, "verify the data too, which reads all of the store")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the report as JSON")
+	cmd.Flags().BoolVar(&repairs, "repair", false, "make a damaged store one that opens again, after asking")
+	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask before the repair")
 	return cmd
 }
 
@@ -67,6 +83,64 @@ func check(cmd *cobra.Command, path string, data, asJSON bool) error {
 		return damage("%s is damaged: %d problems, %d ranges of the device cannot be read", path, len(rep.Problems)+rep.More, len(rep.Lost))
 	}
 	return nil
+}
+
+// repair repairs the store at path, whose lock it holds meanwhile.
+func repair(cmd *cobra.Command, path string, yes bool) error {
+	f, err := disk.Open(path, disk.OpenOptions{})
+	if err != nil {
+		return inUse(path, err)
+	}
+	w := cmd.OutOrStdout()
+	rep, err := store.Repair(f, store.RepairOptions{
+		Progress: progress(cmd.ErrOrStderr()),
+		Confirm: func(rep *store.RepairReport) bool {
+			printRepair(w, rep)
+			if yes {
+				return true
+			}
+			fmt.Fprintf(w, "Repair %s so? What it cannot save is gone then; a copy of it may serve better tools. [y/N] ", path)
+			answer, _ := bufio.NewReader(cmd.InOrStdin()).ReadString('\n')
+			answer = strings.ToLower(strings.TrimSpace(answer))
+			return answer == "y" || answer == "yes"
+		},
+	})
+	switch {
+	case err != nil:
+		return fmt.Errorf("%s: %w", path, err)
+	case !rep.Needed && len(rep.Lost) == 0:
+		fmt.Fprintln(w, "there is nothing to repair; check --data looks at the data too")
+		return nil
+	case !rep.Needed:
+		return damage("%s: %d ranges of the device cannot be read until they are written, and there is nothing else to repair", path, len(rep.Lost))
+	case !rep.Repaired:
+		return damage("%s was not repaired, and not changed", path)
+	case rep.GivenUp > 0 || len(rep.Lost) > 0:
+		return damage("%s is repaired, and something is lost: see above", path)
+	}
+	fmt.Fprintln(w, "repaired, nothing is lost")
+	return nil
+}
+
+func printRepair(w io.Writer, r *store.RepairReport) {
+	for _, p := range r.Problems {
+		fmt.Fprintln(w, p)
+	}
+	if r.More > 0 {
+		fmt.Fprintf(w, "and %d more\n", r.More)
+	}
+	if r.GivenUp > 0 {
+		fmt.Fprintf(w, "The device will have the state of commit %d. The %d commits after it are given up.\n", r.Epoch, r.GivenUp)
+		for _, c := range r.Changed {
+			fmt.Fprintf(w, "older contents: %d bytes of the device at %d\n", c.Len().Bytes(), c.Start.Bytes())
+		}
+		if r.Unread > 0 {
+			fmt.Fprintf(w, "older contents: unknown places, in %d bytes of log that cannot be read\n", r.Unread)
+		}
+	}
+	for _, l := range r.Lost {
+		fmt.Fprintf(w, "lost: %d bytes of the device at %d\n", l.Len().Bytes(), l.Start.Bytes())
+	}
 }
 
 func printCheck(w io.Writer, r *checkReport, data bool) error {
