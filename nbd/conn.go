@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"container/list"
 	"context"
 	"encoding/binary"
 	"errors"
@@ -33,9 +34,12 @@ var errPayloadTooLong = errors.New("nbd: absurdly long payload")
 
 // A conn is one connection of a [Server].
 type conn struct {
-	s      *Server
-	nc     link
-	id     uint64
+	s         *Server
+	nc        link
+	id        uint64
+	shaking   *list.Element // in Server.mu.shaking, or nil; guarded by Server.mu
+	displaced bool          // guarded by Server.mu
+
 	ctx    context.Context // ends with the connection; its cause tells why
 	cancel context.CancelCauseFunc
 

@@ -255,7 +255,11 @@ func TestIdleConnections(t *testing.T) {
 	if beside > 4*alone {
 		t.Errorf("400 requests take %v, %v without idle clients", beside, alone)
 	}
-	s.raw().eof() // that is all of them
+	late := s.raw() // it takes the place of one that has not got an export
+	late.get(18)
+	if m := s.Metrics(); m.ConnectionsDisplaced != 1 || m.ConnectionsRefused != 0 {
+		t.Errorf("%+v", m)
+	}
 	begin := time.Now()
 	s.Close()
 	if took := time.Since(begin); took > 5*time.Second {

@@ -5,20 +5,21 @@ import "sync/atomic"
 // Metrics is a snapshot of what a [Server] has done and is doing. Each number
 // is exact; they are not of one instant.
 type Metrics struct {
-	Connections        int    // open
-	ConnectionsMax     int    // the bound of Connections
-	ConnectionsTotal   uint64 // let in
-	ConnectionsRefused uint64 // not let in
-	HandshakesFailed   uint64
-	ConnectionsStalled uint64 // cut off for taking too long, handshakes included
-	ConnectionsIdle    uint64 // cut off for wanting nothing
-	TLSFailed          uint64 // of HandshakesFailed, in TLS: no certificate, a wrong one, another protocol
-	TLSMissing         uint64 // options refused since they came without TLS
-	ListsRefused       uint64 // since listing is off
-	ExportsUnknown     uint64 // asked for and not there
-	ExportsForbidden   uint64 // refused to clients that they are not for
-	ExportsUnavailable uint64 // could not be opened
-	ExportsFull        uint64 // refused since they had enough clients
+	Connections          int    // open
+	ConnectionsMax       int    // the bound of Connections
+	ConnectionsTotal     uint64 // let in
+	ConnectionsRefused   uint64 // not let in
+	ConnectionsDisplaced uint64 // ended in the handshake to make room for others
+	HandshakesFailed     uint64
+	ConnectionsStalled   uint64 // cut off for taking too long, handshakes included
+	ConnectionsIdle      uint64 // cut off for wanting nothing
+	TLSFailed            uint64 // of HandshakesFailed, in TLS: no certificate, a wrong one, another protocol
+	TLSMissing           uint64 // options refused since they came without TLS
+	ListsRefused         uint64 // since listing is off
+	ExportsUnknown       uint64 // asked for and not there
+	ExportsForbidden     uint64 // refused to clients that they are not for
+	ExportsUnavailable   uint64 // could not be opened
+	ExportsFull          uint64 // refused since they had enough clients
 
 	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
 	RequestsMax      int   // the bound for each connection
@@ -42,6 +43,7 @@ type CommandMetrics struct {
 // counters are the server's live numbers, written without a lock.
 type counters struct {
 	connectionsTotal, connectionsRefused, handshakesFailed atomic.Uint64
+	connectionsDisplaced                                   atomic.Uint64
 	tlsFailed, tlsMissing, listsRefused                    atomic.Uint64
 	exportsUnknown, exportsForbidden                       atomic.Uint64
 	exportsUnavailable, exportsFull, stalled, idle         atomic.Uint64
@@ -85,25 +87,26 @@ func (s *Server) Metrics() Metrics {
 	open := len(s.mu.conns)
 	s.mu.Unlock()
 	m := Metrics{
-		Connections:        open,
-		ConnectionsMax:     s.opts.ConnectionsMax,
-		ConnectionsTotal:   cs.connectionsTotal.Load(),
-		ConnectionsRefused: cs.connectionsRefused.Load(),
-		HandshakesFailed:   cs.handshakesFailed.Load(),
-		ConnectionsStalled: cs.stalled.Load(),
-		ConnectionsIdle:    cs.idle.Load(),
-		TLSFailed:          cs.tlsFailed.Load(),
-		TLSMissing:         cs.tlsMissing.Load(),
-		ListsRefused:       cs.listsRefused.Load(),
-		ExportsUnknown:     cs.exportsUnknown.Load(),
-		ExportsForbidden:   cs.exportsForbidden.Load(),
-		ExportsUnavailable: cs.exportsUnavailable.Load(),
-		ExportsFull:        cs.exportsFull.Load(),
-		RequestsInFlight:   cs.inFlight.Load(),
-		RequestsMax:        s.opts.RequestsMax,
-		BytesInFlight:      s.budget.used(),
-		BytesMax:           s.opts.BytesMax,
-		Errors:             make(map[Errno]uint64),
+		Connections:          open,
+		ConnectionsMax:       s.opts.ConnectionsMax,
+		ConnectionsTotal:     cs.connectionsTotal.Load(),
+		ConnectionsRefused:   cs.connectionsRefused.Load(),
+		ConnectionsDisplaced: cs.connectionsDisplaced.Load(),
+		HandshakesFailed:     cs.handshakesFailed.Load(),
+		ConnectionsStalled:   cs.stalled.Load(),
+		ConnectionsIdle:      cs.idle.Load(),
+		TLSFailed:            cs.tlsFailed.Load(),
+		TLSMissing:           cs.tlsMissing.Load(),
+		ListsRefused:         cs.listsRefused.Load(),
+		ExportsUnknown:       cs.exportsUnknown.Load(),
+		ExportsForbidden:     cs.exportsForbidden.Load(),
+		ExportsUnavailable:   cs.exportsUnavailable.Load(),
+		ExportsFull:          cs.exportsFull.Load(),
+		RequestsInFlight:     cs.inFlight.Load(),
+		RequestsMax:          s.opts.RequestsMax,
+		BytesInFlight:        s.budget.used(),
+		BytesMax:             s.opts.BytesMax,
+		Errors:               make(map[Errno]uint64),
 	}
 	for i, dst := range []*CommandMetrics{&m.Unknown, &m.Read, &m.Write, &m.Flush, &m.Trim, &m.Cache, &m.WriteZeroes, &m.BlockStatus} {
 		c := &cs.commands[i]

@@ -317,6 +317,9 @@ func (c *conn) choose(name string, enter bool) (r optReply, err error) {
 			return repErrPolicy, errExportFull
 		}
 		c.using = e
+		if !c.s.settle(c) {
+			return repErrShut, errDisplaced
+		}
 	}
 	c.export, c.size = &own, own.Backend.Size()
 	c.flags = FlagHasFlags | FlagSendFlush | FlagSendFUA | FlagCanMultiConn | FlagSendCache

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"container/list"
 	"context"
 	"crypto/tls"
 	"errors"
@@ -18,7 +19,10 @@ import (
 // ErrServerClosed is returned by [Server.Serve] after Shutdown or Close.
 var ErrServerClosed = errors.New("nbd: server closed")
 
-var errTooManyConnections = errors.New("nbd: too many connections")
+var (
+	errTooManyConnections = errors.New("nbd: too many connections")
+	errDisplaced          = errors.New("nbd: too slow in the handshake, with too many connections")
+)
 
 // An Export is a backend under the name by which clients ask for it.
 type Export struct {
@@ -52,8 +56,11 @@ type Options struct {
 	// Exports are what is served: at least one, with distinct names.
 	Exports []Export
 
-	// ConnectionsMax bounds the connections; a further one is closed as soon
-	// as it is accepted. Default 256.
+	// ConnectionsMax bounds the connections. A further one takes the place of the
+	// one that has been in its handshake for longest, so that whoever just
+	// connects and waits keeps nobody out; a client that has shown a certificate
+	// or has its export keeps its place. When all have, it is closed as soon as
+	// it is accepted. Default 256.
 	ConnectionsMax int
 
 	// RequestsMax bounds the requests in flight on each connection. Default 128.
@@ -247,6 +254,8 @@ type Server struct {
 		stopping  bool
 		listeners map[net.Listener]struct{}
 		conns     map[*conn]struct{}
+		shaking   list.List // of the *conn that may be displaced, in the order of their coming
+		displaced int       // of conns that have lost their places, and end
 		connID    uint64
 	}
 	stopping chan struct{} // closed when mu.stopping is set
@@ -345,18 +354,31 @@ func acceptAgain(err error) bool {
 // reason not to.
 func (s *Server) start(nc net.Conn, reason error) {
 	s.mu.Lock()
-	var c *conn
+	var c, slow *conn
 	stopping := s.mu.stopping
-	if reason == nil && len(s.mu.conns) >= s.opts.ConnectionsMax {
-		reason = errTooManyConnections
+	if !stopping && reason == nil && len(s.mu.conns)-s.mu.displaced >= s.opts.ConnectionsMax {
+		if e := s.mu.shaking.Front(); e != nil {
+			slow = e.Value.(*conn)
+			s.mu.shaking.Remove(e)
+			slow.shaking = nil
+			slow.displaced = true
+			s.mu.displaced++
+		} else {
+			reason = errTooManyConnections
+		}
 	}
 	if !stopping && reason == nil {
 		c = newConn(s, nc)
 		s.mu.connID++
 		c.id = s.mu.connID
 		s.mu.conns[c] = struct{}{}
+		c.shaking = s.mu.shaking.PushBack(c)
 	}
 	s.mu.Unlock()
+	if slow != nil {
+		s.counters.connectionsDisplaced.Add(1)
+		slow.fail(errDisplaced)
+	}
 	if c == nil {
 		if !stopping {
 			s.counters.connectionsRefused.Add(1)
@@ -371,6 +393,17 @@ func (s *Server) start(nc net.Conn, reason error) {
 	})
 }
 
+// settle gives c its place for good; false means that it has been displaced.
+func (s *Server) settle(c *conn) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if c.shaking != nil {
+		s.mu.shaking.Remove(c.shaking)
+		c.shaking = nil
+	}
+	return !c.displaced
+}
+
 // ended forgets c.
 func (s *Server) ended(c *conn, err error) {
 	e := Event{Kind: EventClose, Conn: c.id, Remote: remoteOf(c.nc.Conn), Err: err}
@@ -378,9 +411,13 @@ func (s *Server) ended(c *conn, err error) {
 		e.Export = c.export.Name
 	}
 	s.log(e)
+	s.settle(c)
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	delete(s.mu.conns, c)
+	if c.displaced {
+		s.mu.displaced--
+	}
 	if s.mu.stopping && len(s.mu.conns) == 0 {
 		close(s.idle)
 	}

@@ -542,6 +542,56 @@ func TestConnectionsMax(t *testing.T) {
 	s.dial("")
 }
 
+// Those that just connect and wait, however many, keep nobody out and take no place
+// from those who have theirs.
+func TestConnectionsMaxDisplaces(t *testing.T) {
+	dirs := newCertDirs(t)
+	d := newMemDisk(1 << 20)
+	ended := make(chan Event, 1000)
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, ConnectionsMax: 4, TLS: dirs.load(t), HandshakeTimeout: time.Hour, Log: func(e Event) {
+		if e.Kind == EventClose {
+			ended <- e
+		}
+	}})
+	settled := s.dial("")
+	s.tls = clientConfig(t, dirs.client)
+	certified := s.rawTLS() // takes its time
+	certified.put(appendOption(nil, 77, nil))
+	certified.get(optReplySize) // now the server knows who it is
+	var waiting []rawConn
+	for range 50 {
+		rc := s.raw()
+		rc.get(18)
+		waiting = append(waiting, rc)
+	}
+	for i := range 48 { // the eldest first
+		waiting[i].eof()
+		if e := <-ended; e.Err != errDisplaced {
+			t.Fatalf("ended with %v", e.Err)
+		}
+	}
+	s.tls = nil
+	late := s.rawGo()
+	late.request(CmdFlush, 1, 0, 0)
+	late.reply()
+	if err := settled.Flush(t.Context()); err != nil {
+		t.Error(err)
+	}
+	certified.put(appendOption(nil, optExportName, nil))
+	certified.get(10)
+	waiting[48].eof()
+	m := s.Metrics()
+	if m.Connections != 4 || m.ConnectionsDisplaced != 49 || m.ConnectionsRefused != 0 {
+		t.Errorf("%+v", m)
+	}
+	s.dial("") // for the last that waits
+	waiting[49].eof()
+	s.raw().eof() // now all have their places
+	if m := s.Metrics(); m.ConnectionsRefused != 1 {
+		t.Errorf("%+v", m)
+	}
+}
+
 // A pipeListener accepts connections that live in memory, under a fake clock.
 type pipeListener struct {
 	conns  chan net.Conn

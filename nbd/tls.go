@@ -93,6 +93,9 @@ func (c *conn) startTLS(data []byte) error {
 	c.export, c.agreed = nil, agreement{}
 	if st := tc.ConnectionState(); len(st.VerifiedChains) > 0 {
 		c.names = certificateNames(st.PeerCertificates[0])
+		if !c.s.settle(c) {
+			return errDisplaced
+		}
 	}
 	return nil
 }
