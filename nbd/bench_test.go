@@ -63,15 +63,36 @@ type pipeline struct {
 	sent    int // beyond what was answered
 }
 
-func newPipeline(s *testServer, cmd Command, size int) *pipeline {
-	p := &pipeline{nc: s.rawGo().Conn, reply: make([]byte, simpleReplySize)}
-	p.nc.SetDeadline(aLongTimeAgo.AddDate(200, 0, 0))
-	p.request = header{cmd: cmd, n: uint64(size)}.appendTo(nil)
-	if cmd == CmdRead {
-		p.reply = make([]byte, simpleReplySize+size)
-	} else if cmd == CmdWrite {
+func newPipeline(s *testServer, m ReplyMode, cmd Command, size int) *pipeline {
+	rc := s.rawMode(m, "")
+	rc.SetDeadline(aLongTimeAgo.AddDate(200, 0, 0))
+	p := &pipeline{nc: rc.Conn}
+	h := header{cmd: cmd, n: uint64(size)}
+	if m < ExtendedHeaders {
+		p.request = h.appendTo(nil)
+	} else {
+		if cmd == CmdWrite {
+			h.flags = cmdFlagPayloadLen
+		}
+		p.request = h.appendExtended(nil)
+	}
+	if cmd == CmdWrite {
 		p.request = append(p.request, make([]byte, size)...)
 	}
+	reply := simpleReplySize
+	switch {
+	case m >= ExtendedHeaders:
+		reply = chunkExtSize
+	case m >= StructuredReplies && cmd == CmdRead:
+		reply = chunkSize
+	}
+	if cmd == CmdRead {
+		if m >= StructuredReplies {
+			reply += 8 // the offset; there are no holes
+		}
+		reply += size
+	}
+	p.reply = make([]byte, reply)
 	return p
 }
 
@@ -108,26 +129,28 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 	if invariants.Enabled {
 		t.Skip("the race detector allocates")
 	}
-	for _, tc := range pipelines {
-		p := newPipeline(serveDisk(t, newNullDisk(tc.size)), tc.cmd, tc.size)
-		n := 1000
-		if tc.size > 1<<20 {
-			n = 200
-		}
-		var before, after runtime.MemStats
-		var err error
-		least := ^uint64(0)
-		for range 3 { // others may allocate meanwhile: the first round warms up
-			runtime.ReadMemStats(&before)
-			err = p.run(n, tc.depth)
-			runtime.ReadMemStats(&after)
-			least = min(least, after.Mallocs-before.Mallocs)
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		if least > uint64(n)/10 { // the runtime has some of its own
-			t.Errorf("%v of %d bytes, %d at a time: %d allocations in %d requests", tc.cmd, tc.size, tc.depth, least, n)
+	for m := SimpleReplies; m <= ExtendedHeaders; m++ {
+		for _, tc := range pipelines {
+			p := newPipeline(serveDisk(t, newNullDisk(tc.size)), m, tc.cmd, tc.size)
+			n := 1000
+			if tc.size > 1<<20 {
+				n = 200
+			}
+			var before, after runtime.MemStats
+			var err error
+			least := ^uint64(0)
+			for range 3 { // others may allocate meanwhile: the first round warms up
+				runtime.ReadMemStats(&before)
+				err = p.run(n, tc.depth)
+				runtime.ReadMemStats(&after)
+				least = min(least, after.Mallocs-before.Mallocs)
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if least > uint64(n)/10 { // the runtime has some of its own
+				t.Errorf("%v: %v of %d bytes, %d at a time: %d allocations in %d requests", m, tc.cmd, tc.size, tc.depth, least, n)
+			}
 		}
 	}
 }
@@ -137,7 +160,7 @@ func TestWorkersAreBounded(t *testing.T) {
 	for _, depth := range []int{1, 4} {
 		s := serveDisk(t, newNullDisk(512))
 		before := runtime.NumGoroutine()
-		p := newPipeline(s, CmdRead, 512)
+		p := newPipeline(s, SimpleReplies, CmdRead, 512)
 		if err := p.run(3000, depth); err != nil {
 			t.Fatal(err)
 		}
@@ -150,17 +173,45 @@ func TestWorkersAreBounded(t *testing.T) {
 // BenchmarkServer measures the server alone, with a client that costs next to
 // nothing but its system calls, in one process.
 func BenchmarkServer(b *testing.B) {
-	for _, bc := range pipelines {
-		b.Run(fmt.Sprintf("%v/%dKiB/depth=%d", bc.cmd, bc.size>>10, bc.depth), func(b *testing.B) {
-			p := newPipeline(serveDisk(b, newNullDisk(bc.size)), bc.cmd, bc.size)
-			if bc.cmd == CmdRead || bc.cmd == CmdWrite {
-				b.SetBytes(int64(bc.size))
+	for m := SimpleReplies; m <= ExtendedHeaders; m++ {
+		for _, bc := range pipelines {
+			b.Run(fmt.Sprintf("%v/%v/%dKiB/depth=%d", m, bc.cmd, bc.size>>10, bc.depth), func(b *testing.B) {
+				p := newPipeline(serveDisk(b, newNullDisk(bc.size)), m, bc.cmd, bc.size)
+				if bc.cmd == CmdRead || bc.cmd == CmdWrite {
+					b.SetBytes(int64(bc.size))
+				}
+				b.ReportAllocs()
+				b.ResetTimer()
+				if err := p.run(b.N, bc.depth); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+	}
+}
+
+// BenchmarkConnections measures what several connections do together, a request at
+// a time on each.
+func BenchmarkConnections(b *testing.B) {
+	for _, conns := range []int{1, 64} {
+		b.Run(fmt.Sprint(conns), func(b *testing.B) {
+			s := serveDisk(b, newNullDisk(4096))
+			var group sync.WaitGroup
+			var left atomic.Int64
+			left.Store(int64(b.N))
+			b.SetBytes(4096)
+			for range conns {
+				p := newPipeline(s, StructuredReplies, CmdRead, 4096)
+				group.Go(func() {
+					for left.Add(-1) >= 0 {
+						if err := p.run(1, 1); err != nil {
+							b.Error(err)
+							return
+						}
+					}
+				})
 			}
-			b.ReportAllocs()
-			b.ResetTimer()
-			if err := p.run(b.N, bc.depth); err != nil {
-				b.Error(err)
-			}
+			group.Wait()
 		})
 	}
 }

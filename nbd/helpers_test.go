@@ -401,6 +401,20 @@ func (s *testServer) rawGo() rawConn {
 	return rc
 }
 
+// rawMode connects and negotiates export and messages of form m.
+func (s *testServer) rawMode(m ReplyMode, export string) rawConn {
+	s.t.Helper()
+	rc := s.raw()
+	rc.get(18)
+	verb := map[ReplyMode]string{SimpleReplies: "go", StructuredReplies: "structured", ExtendedHeaders: "extended"}[m]
+	rc.put(opening(verb, export))
+	if m > SimpleReplies {
+		rc.get(3*optReplySize + 4 + len(contextAllocation))
+	}
+	rc.get(2*optReplySize + 12)
+	return rc
+}
+
 func (rc rawConn) put(b []byte) {
 	rc.t.Helper()
 	if _, err := rc.Write(b); err != nil {

@@ -128,13 +128,8 @@ func TestMistakes(t *testing.T) {
 				continue
 			}
 			t.Run(m.String()+"/"+tc.name, func(t *testing.T) {
-				rc := rawDial(t, "unix", s.path)
-				rc.get(18)
-				rc.put(opening(map[ReplyMode]string{SimpleReplies: "go", StructuredReplies: "structured", ExtendedHeaders: "extended"}[m], tc.export))
-				if m > SimpleReplies {
-					rc.get(3*optReplySize + 4 + len(contextAllocation))
-				}
-				rc.get(2*optReplySize + 12)
+				rc := s.rawMode(m, tc.export)
+				rc.t = t
 				h := tc.h
 				h.cookie = 7
 				rc.putRequest(h, m)
@@ -222,10 +217,7 @@ func TestGarbageAfterGo(t *testing.T) {
 	good := workingClient(t, s, "")
 	r := testRand(t)
 	for range 50 {
-		rc := rawDial(t, "unix", s.path)
-		rc.get(18)
-		rc.put(opening("go", ""))
-		rc.get(2*optReplySize + 12)
+		rc := s.rawMode(SimpleReplies, "")
 		garbage := make([]byte, requestSize+r.IntN(200<<10))
 		for i := range garbage {
 			garbage[i] = byte(r.Uint32())
