@@ -6,10 +6,10 @@ LDFLAGS ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
 SCALE   ?= 100
 
-.PHONY: help build install setup test test-long lint fuzz bench bench-peers cover clean
+.PHONY: help build install setup debian13 test test-long lint fuzz bench bench-peers cover clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
 build: ## build the static program bin/cnbd
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/cnbd ./cmd/cnbd
@@ -19,6 +19,9 @@ install: build ## install it to PREFIX/bin (default /usr/local), below DESTDIR
 
 setup: ## install the tools that tests use, where missing
 	@scripts/setup.sh
+
+debian13: ## a tree of Debian 13 in build/debian13, for a test with its newer libnbd (root)
+	@scripts/debian13.sh
 
 test: setup build ## all checks and tests (PACKAGES=./store/... STAGES="plain race fuzz" to choose)
 	@scripts/test.sh

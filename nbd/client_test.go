@@ -74,7 +74,7 @@ func TestClientCutsLongRequests(t *testing.T) {
 	}
 }
 
-// A hugeDisk is one of 16 TiB that only knows TRIM.
+// A hugeDisk is a hole of 16 TiB.
 type hugeDisk struct {
 	*memDisk
 	trims chan [2]uint64
@@ -83,6 +83,11 @@ type hugeDisk struct {
 func (d *hugeDisk) Size() uint64 { return 16 << 40 }
 func (d *hugeDisk) Trim(_ context.Context, off, n uint64, _ bool) error {
 	d.trims <- [2]uint64{off, n}
+	return nil
+}
+
+func (d *hugeDisk) BlockStatus(_ context.Context, _, n uint64, visit func(n uint64, s BlockState) bool) error {
+	visit(n, StateHole|StateZero)
 	return nil
 }
 

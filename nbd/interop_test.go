@@ -316,6 +316,45 @@ func TestFio(t *testing.T) {
 	}
 }
 
+// A libnbd with extended headers, of a newer Debian than most.
+func TestLibnbdOfDebian13(t *testing.T) {
+	tree := "../build/debian13"
+	if _, err := os.Stat(tree + "/usr/bin/nbdsh"); err != nil || os.Geteuid() != 0 {
+		t.Skip("no tree of Debian 13, or not root: make debian13")
+	}
+	big := &hugeDisk{memDisk: newMemDisk(4096), trims: make(chan [2]uint64, 1)}
+	s := serve(t, Options{Exports: []Export{{Name: "", Backend: newMemDisk(strangersSize)}, {Name: "huge", Backend: big}}})
+	dir, err := os.MkdirTemp(tree+"/tmp", "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	l, err := Listen("unix:"+dir+"/s", 0o600)
+	if err != nil {
+		t.Fatal(err)
+	}
+	go s.Serve(l)
+	inside := URI{Network: "unix", Address: filepath.Join("/tmp", filepath.Base(dir), "s")}
+	uri := inside.String()
+	inside.Export = "huge"
+	script, err := os.ReadFile("testdata/libnbd13.py")
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := filepath.Abs(tree)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tool(t, "chroot", root, "nbdsh", "-c", fmt.Sprintf("uri, huge = %q, %q", uri, inside.String()), "-c", string(script))
+	if got := <-big.trims; got != [2]uint64{4096, 16<<40 - 4096} {
+		t.Errorf("trim %v", got)
+	}
+	out := tool(t, "chroot", root, "nbdinfo", "--map", "--totals", inside.String())
+	if !bytes.Contains(out, []byte("17592186044416 100.0%   3 hole,zero")) {
+		t.Errorf("totals: %s", out)
+	}
+}
+
 // nbdkit stands between: what it speaks to us is what its clients speak to it.
 func TestNbdkitProxy(t *testing.T) {
 	if _, err := exec.LookPath("nbdcopy"); err != nil {

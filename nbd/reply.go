@@ -12,8 +12,10 @@ const (
 	// extentBytes is what one takes, in memory and, at most, on the wire.
 	extentBytes = 16
 
-	// headBytesKept bounds the memory for headers that is kept between batches.
+	// headBytesKept and iovKept bound the memory for headers, and the pieces, that
+	// are kept between batches.
 	headBytesKept = 64 << 10
+	iovKept       = 2 << 10
 )
 
 // An encoder collects replies for one writev: headers in memory of its own, which
@@ -34,10 +36,13 @@ func (e *encoder) end(from int) {
 
 // reset forgets everything.
 func (e *encoder) reset() {
-	clear(e.iov[:cap(e.iov)])
-	e.iov, e.head = e.iov[:0], e.head[:0]
+	clear(e.iov) // the memory is only borrowed
+	e.iov, e.head, e.keep = e.iov[:0], e.head[:0], nil
 	if cap(e.head) > headBytesKept {
 		e.head = nil
+	}
+	if cap(e.iov) > iovKept {
+		e.iov = nil
 	}
 }
 
