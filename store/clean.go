@@ -228,9 +228,10 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
 	return fmt.Errorf("store: cleaning does not make room for %d blocks: %w", n, ErrNoSpace)
 }
 
-// Compact cleans until nothing is left that is worth it, and takes the checkpoints
-// that set the space free. It blocks for as long as that takes, while everything
-// else goes on; the caller, or another goroutine by way of NeedCommit, commits.
+// Compact cleans until nothing is left that is worth it, takes the checkpoints that
+// set the space free, and gives the host what it still holds of free segments. It
+// blocks for as long as that takes, while everything else goes on; the caller, or
+// another goroutine by way of NeedCommit, commits.
 // progress is told now and then how many bytes of the log are dead and how many are
 // alive; it may be nil. When ctx ends, what is done stays done.
 func (s *Store) Compact(ctx context.Context, progress func(dead, live uint64)) error {
@@ -256,6 +257,9 @@ func (s *Store) Compact(ctx context.Context, progress func(dead, live uint64)) e
 		} else if fruitless++; fruitless > 8 {
 			break
 		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
 		select {
 		case c.turn <- struct{}{}:
 		case <-ctx.Done():
@@ -278,7 +282,11 @@ func (s *Store) Compact(ctx context.Context, progress func(dead, live uint64)) e
 			return err
 		}
 	}
-	return nil
+	size, err := s.file.Size()
+	if err != nil {
+		return fmt.Errorf("store: %w", err)
+	}
+	return s.segments.sweep(ctx, s.file, size)
 }
 
 // fruitlessMax is how often MakeRoom goes on, each time with as much cleaning as is

@@ -2,6 +2,7 @@ package store
 
 import (
 	"cmp"
+	"context"
 	"errors"
 	"fmt"
 	"math"
@@ -366,16 +367,51 @@ func (t *segments) chill(f disk.File, keep func() uint32) error {
 		if !ok {
 			return nil
 		}
-		err := f.Punch(t.base(n), int64(t.size))
-		t.mu.Lock()
-		t.table[n].state = segmentFree
-		t.free++
-		t.low = min(t.low, n)
-		t.mu.Unlock()
-		if err != nil {
-			return fmt.Errorf("store: punch segment %d: %w", n, err)
+		if err := t.punch(f, n); err != nil {
+			return err
 		}
 	}
+}
+
+// sweep gives back what the host may hold of the free segments in the first bytes
+// of the file, but for those that have their space on purpose: a process that was
+// killed leaves some, and of what it has asked for nothing is known. When ctx ends
+// its error is returned.
+func (t *segments) sweep(ctx context.Context, f disk.File, bytes int64) error {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	most := (max(bytes, segmentsOffset) - segmentsOffset + int64(t.size) - 1) / int64(t.size)
+	for n := uint32(min(most, int64(t.total))); n > 0 && ctx.Err() == nil; {
+		n--
+		t.mu.Lock()
+		s := t.atLocked(n)
+		cold := s.state == segmentFree && !s.allocated
+		if cold {
+			t.useLocked(n)
+		}
+		t.mu.Unlock()
+		if cold {
+			if err := t.punch(f, n); err != nil {
+				return err
+			}
+		}
+	}
+	return ctx.Err()
+}
+
+// punch gives the space of segment n back to the host. It was free, is noted as
+// used without space meanwhile, and is free again afterwards.
+func (t *segments) punch(f disk.File, n uint32) error {
+	err := f.Punch(t.base(n), int64(t.size))
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.table[n].state = segmentFree
+	t.free++
+	t.low = min(t.low, n)
+	if err != nil {
+		return fmt.Errorf("store: punch segment %d: %w", n, err)
+	}
+	return nil
 }
 
 // nextWarm takes the highest free segment that is to be punched out of the free

@@ -49,7 +49,7 @@ func resolved(path string) string {
 // inUse explains the error of a store that somebody else has.
 func inUse(path string, err error) error {
 	if errors.Is(err, disk.ErrLocked) {
-		return fmt.Errorf("%w: the store is being served; `cnbd info %s` asks its server, everything else needs it stopped", err, path)
+		return fmt.Errorf("%w: the store is being served; `cnbd info %s`, compact and resize ask its server, everything else needs it stopped", err, path)
 	}
 	return err
 }

@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
-	"syscall"
 	"text/tabwriter"
 
 	"github.com/spf13/cobra"
@@ -27,9 +25,7 @@ func newInfo() *cobra.Command {
 			"its server is asked then." + exitHelp,
 		Args: oneBacking,
 		RunE: func(cmd *cobra.Command, args []string) error {
-			st, err := status(cmd.Context(), args[0], func(msg string, err error) {
-				fmt.Fprintf(cmd.ErrOrStderr(), "cnbd: warning: %s: %s: %v\n", args[0], msg, err)
-			})
+			st, err := status(cmd.Context(), args[0], warner(cmd, args[0]))
 			if err != nil {
 				return err
 			}
@@ -62,10 +58,7 @@ func status(ctx context.Context, path string, warn func(string, error)) (*storeS
 	if errors.Is(err, disk.ErrLocked) {
 		st := &storeStatus{Served: true}
 		if ask := control.Status(ctx, controlSocket(path), st); ask != nil {
-			if errors.Is(ask, fs.ErrNotExist) || errors.Is(ask, syscall.ECONNREFUSED) {
-				return nil, fmt.Errorf("%w, which is no server that can be asked (it may be starting, stopping, or checking the store)", err)
-			}
-			return nil, ask
+			return nil, asked(err, ask)
 		}
 		return st, nil
 	}
@@ -127,19 +120,23 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 	return t.Flush()
 }
 
-// human is n bytes for people: the exact number where it is short, else three
-// digits or more and an IEC unit.
+// human is n bytes for people, and the exact number where that is not all of it.
 func human(n uint64) string {
-	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	if n < 1<<10 {
-		return fmt.Sprintf("%d bytes", n)
+		return short(n)
 	}
+	return fmt.Sprintf("%s (%d bytes)", short(n), n)
+}
+
+// short is n bytes for people: a number and an IEC unit.
+func short(n uint64) string {
+	units := []string{"bytes", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB"}
 	v, u := float64(n), 0
 	for v >= 1024 && u < len(units)-1 {
 		v, u = v/1024, u+1
 	}
 	if v == float64(uint64(v)) {
-		return fmt.Sprintf("%.0f %s (%d bytes)", v, units[u], n)
+		return fmt.Sprintf("%.0f %s", v, units[u])
 	}
-	return fmt.Sprintf("%.1f %s (%d bytes)", v, units[u], n)
+	return fmt.Sprintf("%.1f %s", v, units[u])
 }

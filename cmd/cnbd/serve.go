@@ -382,9 +382,14 @@ func (s *serving) open(v *served) (err error) {
 	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
 		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
 	if v.socket != nil {
-		v.control = control.Serve(v.socket, func(ctx context.Context) (any, error) {
-			st, err := v.device.Status(ctx)
-			return &storeStatus{Status: st, Served: true}, err
+		v.control = control.Serve(v.socket, control.Handlers{
+			Status: func(ctx context.Context) (any, error) {
+				st, err := v.device.Status(ctx)
+				return &storeStatus{Status: st, Served: true}, err
+			},
+			Compact: func(ctx context.Context, progress func(dead, live uint64)) (any, error) {
+				return compactDevice(ctx, v.device, progress)
+			},
 		})
 		v.socket = nil
 	}

@@ -2,12 +2,20 @@
 // while a server has a store locked nobody else reads it (rule R12), so info and
 // its like ask here. The language is HTTP with JSON on a unix socket:
 //
-//	GET /v1/status    200 and what the server's status function gives,
-//	                  else an error status and {"error": "in words"}
+//	GET  /v1/status    200 and what the server's status function gives
+//	POST /v1/resize?size=BYTES&capacity=BYTES
+//	                   200 and what has become of it
+//	POST /v1/compact   200 and lines {"dead": bytes, "live": bytes}, and at the end
+//	                   {"done": …} or {"error": "in words"}; the client ends it by
+//	                   closing the connection
+//
+// Else the answer is an error status and {"error": "in words"}; 400 says that what
+// was asked for cannot be meant.
 //
 // Who may connect is decided by the permissions of the socket, which is the
-// caller's to make. Everything has a time limit, so a client that stalls ends
-// by itself; one request is answered at a time, the others wait for their turn.
+// caller's to make. A status and a resize have a time limit, and each line of a
+// compaction, so a client that stalls ends by itself. Requests of one kind are
+// answered one at a time, the others wait for their turn.
 package control
 
 import (
@@ -19,6 +27,8 @@ import (
 	"log"
 	"net"
 	"net/http"
+	"strconv"
+	"sync"
 	"time"
 )
 
@@ -35,29 +45,63 @@ const (
 	// answerBytesMax bounds what a client takes for an answer.
 	answerBytesMax = 4 << 20
 
-	statusPath = "/v1/status"
+	// progressEvery is how often a compaction tells how far it is.
+	progressEvery = 500 * time.Millisecond
+
+	statusPath  = "/v1/status"
+	resizePath  = "/v1/resize"
+	compactPath = "/v1/compact"
 )
+
+// ErrRefused is wrapped by errors that say that what was asked for cannot be
+// meant, and not that it could not be done.
+var ErrRefused = errors.New("refused")
+
+// Handlers are what a server is asked for. Each is called by one goroutine at a
+// time, must return soon when its context ends, and is not called any more once
+// Close has returned. What they return is sent as JSON.
+type Handlers struct {
+	Status func(context.Context) (any, error)
+	// Resize changes the size of the device. An error that wraps ErrRefused
+	// arrives as one.
+	Resize func(context.Context, ResizeRequest) (any, error)
+	// Compact cleans until nothing is left to clean, and reports how far it is,
+	// from any goroutine, as often as it likes.
+	Compact func(ctx context.Context, progress func(dead, live uint64)) (any, error)
+}
+
+// A ResizeRequest is a wish for another size.
+type ResizeRequest struct {
+	Size     uint64 // of the device, in bytes
+	Capacity uint64 // of the store, in bytes; 0: as the server sees fit
+}
 
 // A Server answers on one listener.
 type Server struct {
-	http   *http.Server
-	status func(context.Context) (any, error)
-	turn   chan struct{} // of capacity 1: held while status runs
-	ctx    context.Context
-	cancel context.CancelFunc
-	served chan struct{} // closed when the accept loop has ended
+	http     *http.Server
+	handlers Handlers
+	ctx      context.Context
+	cancel   context.CancelFunc
+	served   chan struct{} // closed when the accept loop has ended
+
+	// Of capacity 1: held while the function of that name runs.
+	status, resize, compact chan struct{}
 }
 
-// Serve starts to answer on l, which it owns from now on. What status returns is
-// sent as JSON; it is called by one goroutine at a time, must return soon when
-// its context ends, and is not called any more once Close has returned.
-func Serve(l net.Listener, status func(context.Context) (any, error)) *Server {
-	s := &Server{status: status, turn: make(chan struct{}, 1), served: make(chan struct{})}
+// Serve starts to answer on l, which it owns from now on.
+func Serve(l net.Listener, h Handlers) *Server {
+	turn := func() chan struct{} { return make(chan struct{}, 1) }
+	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET "+statusPath, s.answerStatus)
+	limited := func(f http.HandlerFunc) http.Handler {
+		return http.TimeoutHandler(f, answerTimeout, `{"error": "the server did not answer in time"}`)
+	}
+	mux.Handle("GET "+statusPath, limited(s.answerStatus))
+	mux.Handle("POST "+resizePath, limited(s.answerResize))
+	mux.HandleFunc("POST "+compactPath, s.answerCompact)
 	s.http = &http.Server{
-		Handler:           http.TimeoutHandler(mux, answerTimeout, `{"error": "the server did not answer in time"}`),
+		Handler:           mux,
 		ReadHeaderTimeout: requestTimeout,
 		ReadTimeout:       requestTimeout,
 		WriteTimeout:      requestTimeout + answerTimeout + requestTimeout,
@@ -75,16 +119,46 @@ func Serve(l net.Listener, status func(context.Context) (any, error)) *Server {
 }
 
 func (s *Server) answerStatus(w http.ResponseWriter, r *http.Request) {
+	answer(w, r, s.status, s.handlers.Status)
+}
+
+func (s *Server) answerResize(w http.ResponseWriter, r *http.Request) {
+	answer(w, r, s.resize, func(ctx context.Context) (any, error) {
+		number := func(key string) (n uint64, err error) {
+			if text := r.FormValue(key); text != "" {
+				if n, err = strconv.ParseUint(text, 10, 64); err != nil {
+					err = fmt.Errorf("%w: %s: %w", ErrRefused, key, err)
+				}
+			}
+			return n, err
+		}
+		size, err := number("size")
+		if err != nil {
+			return nil, err
+		}
+		capacity, err := number("capacity")
+		if err != nil {
+			return nil, err
+		}
+		return s.handlers.Resize(ctx, ResizeRequest{size, capacity})
+	})
+}
+
+// answer gives what f returns, when it is its turn.
+func answer(w http.ResponseWriter, r *http.Request, turn chan struct{}, f func(context.Context) (any, error)) {
 	select {
-	case s.turn <- struct{}{}:
+	case turn <- struct{}{}:
 	case <-r.Context().Done():
 		return
 	}
-	v, err := s.status(r.Context())
-	<-s.turn
+	v, err := f(r.Context())
+	<-turn
 	code := http.StatusOK
 	if err != nil {
 		v, code = failure{err.Error()}, http.StatusServiceUnavailable
+		if errors.Is(err, ErrRefused) {
+			code = http.StatusBadRequest
+		}
 	}
 	w.Header().Set("Content-Type", "application/json")
 	w.WriteHeader(code)
@@ -96,9 +170,70 @@ type failure struct {
 	Error string `json:"error"`
 }
 
-// Close stops answering; a status function that is running has its context ended.
-// It closes the listener, and returns when the status function is not running
-// and will not be called.
+// A line is one of the answer to a compaction.
+type line struct {
+	Dead  uint64          `json:"dead"`
+	Live  uint64          `json:"live"`
+	Done  json.RawMessage `json:"done,omitempty"`
+	Error string          `json:"error,omitempty"`
+}
+
+func (s *Server) answerCompact(w http.ResponseWriter, r *http.Request) {
+	// The context ends with the connection.
+	ctx, cancel := context.WithCancel(r.Context())
+	defer cancel()
+	select {
+	case s.compact <- struct{}{}:
+	case <-ctx.Done():
+		return
+	}
+	defer func() { <-s.compact }()
+	control := http.NewResponseController(w)
+	send := func(l line) {
+		_ = control.SetWriteDeadline(time.Now().Add(requestTimeout))
+		if json.NewEncoder(w).Encode(l) != nil || control.Flush() != nil {
+			cancel()
+		}
+	}
+	w.Header().Set("Content-Type", "application/json")
+	var newest line
+	var mu sync.Mutex // guards newest
+	quit, ticked := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(ticked)
+		tick := time.NewTicker(progressEvery)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+				mu.Lock()
+				l := newest
+				mu.Unlock()
+				send(l)
+			}
+		}
+	}()
+	v, err := s.handlers.Compact(ctx, func(dead, live uint64) {
+		mu.Lock()
+		newest = line{Dead: dead, Live: live}
+		mu.Unlock()
+	})
+	close(quit)
+	<-ticked
+	last := newest
+	if err == nil {
+		last.Done, err = json.Marshal(v)
+	}
+	if err != nil {
+		last.Error = err.Error()
+	}
+	send(last)
+}
+
+// Close stops answering; a function that is running has its context ended. It
+// closes the listener, and returns when no function is running or will be called.
 func (s *Server) Close() error {
 	s.cancel()
 	ctx, cancel := context.WithTimeout(context.Background(), closeTimeout)
@@ -108,7 +243,9 @@ func (s *Server) Close() error {
 		err = s.http.Close()
 	}
 	<-s.served
-	s.turn <- struct{}{} // never given back: its holder was the last
+	for _, turn := range []chan struct{}{s.status, s.resize, s.compact} {
+		turn <- struct{}{} // never given back: its holder was the last
+	}
 	return err
 }
 
@@ -117,8 +254,43 @@ func (s *Server) Close() error {
 // about a minute has passed. That nobody listens at socket is an error that
 // wraps syscall.ECONNREFUSED or fs.ErrNotExist.
 func Status(ctx context.Context, socket string, v any) error {
+	return ask(ctx, socket, http.MethodGet, statusPath, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
+}
+
+// Resize asks the server at the unix socket for another size, and decodes what has
+// become of it into the value that v points to. It blocks, and fails, as Status
+// does; an error that wraps ErrRefused says that the wish cannot be meant.
+func Resize(ctx context.Context, socket string, wish ResizeRequest, v any) error {
+	path := fmt.Sprintf("%s?size=%d&capacity=%d", resizePath, wish.Size, wish.Capacity)
+	return ask(ctx, socket, http.MethodPost, path, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
+}
+
+// Compact has the server at the unix socket clean until nothing is left to clean,
+// and decodes what it gives in the end into the value that v points to. progress is
+// told now and then how many bytes are dead and how many alive. It blocks for as
+// long as that takes; when ctx ends the server stops. It fails as Status does.
+func Compact(ctx context.Context, socket string, progress func(dead, live uint64), v any) error {
+	return ask(ctx, socket, http.MethodPost, compactPath, 0, func(body *json.Decoder) error {
+		for {
+			var l line
+			if err := body.Decode(&l); err != nil {
+				return err
+			}
+			switch {
+			case l.Error != "":
+				return errors.New(l.Error)
+			case l.Done != nil:
+				return json.Unmarshal(l.Done, v)
+			}
+			progress(l.Dead, l.Live)
+		}
+	})
+}
+
+// ask sends one request and has take read the body of a good answer. A limit of 0
+// is none.
+func ask(ctx context.Context, socket, method, path string, limit time.Duration, take func(*json.Decoder) error) error {
 	client := &http.Client{
-		Timeout: answerTimeout + 2*requestTimeout,
 		Transport: &http.Transport{
 			DisableKeepAlives: true,
 			DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -126,7 +298,10 @@ func Status(ctx context.Context, socket string, v any) error {
 			},
 		},
 	}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://cnbd"+statusPath, nil)
+	if limit > 0 {
+		client.Timeout = limit + 2*requestTimeout
+	}
+	req, err := http.NewRequestWithContext(ctx, method, "http://cnbd"+path, nil)
 	if err != nil {
 		return fmt.Errorf("control: %w", err)
 	}
@@ -135,15 +310,22 @@ func Status(ctx context.Context, socket string, v any) error {
 		return fmt.Errorf("control: ask %s: %w", socket, errors.Unwrap(err)) // without the made-up URL
 	}
 	defer resp.Body.Close()
-	body := json.NewDecoder(io.LimitReader(resp.Body, answerBytesMax))
+	in := io.Reader(resp.Body)
+	if limit > 0 {
+		in = io.LimitReader(in, answerBytesMax)
+	}
+	body := json.NewDecoder(in)
 	if resp.StatusCode != http.StatusOK {
 		var f failure
 		if body.Decode(&f) != nil || f.Error == "" {
 			f.Error = resp.Status
 		}
+		if resp.StatusCode == http.StatusBadRequest {
+			return fmt.Errorf("control: %s: %w: %s", socket, ErrRefused, f.Error)
+		}
 		return fmt.Errorf("control: %s answers: %s", socket, f.Error)
 	}
-	if err := body.Decode(v); err != nil {
+	if err := take(body); err != nil {
 		return fmt.Errorf("control: answer of %s: %w", socket, err)
 	}
 	return nil

@@ -3,6 +3,7 @@ package control
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"io/fs"
 	"net"
@@ -21,7 +22,7 @@ func serve(t *testing.T, status func(context.Context) (any, error)) (*Server, st
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := Serve(l, status)
+	s := Serve(l, Handlers{Status: status})
 	return s, socket
 }
 
@@ -126,6 +127,7 @@ func TestGarbage(t *testing.T) {
 		"\x00\x01\x02\r\n\r\n",
 		"GET /v1/other HTTP/1.0\r\n\r\n",
 		"POST /v1/status HTTP/1.0\r\nContent-Length: 0\r\n\r\n",
+		"POST /v1/resize?size=much HTTP/1.0\r\nContent-Length: 0\r\n\r\n",
 		"GET /" + strings.Repeat("x", 64<<10) + " HTTP/1.0\r\n\r\n",
 	} {
 		nc, err := net.Dial("unix", socket)
@@ -143,5 +145,103 @@ func TestGarbage(t *testing.T) {
 	var v int
 	if err := Status(t.Context(), socket, &v); err != nil || v != 1 {
 		t.Errorf("afterwards: %d, %v", v, err)
+	}
+}
+
+func serveHandlers(t *testing.T, h Handlers) string {
+	t.Helper()
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := Serve(l, h)
+	t.Cleanup(func() {
+		if err := s.Close(); err != nil {
+			t.Error(err)
+		}
+	})
+	return socket
+}
+
+func TestResize(t *testing.T) {
+	socket := serveHandlers(t, Handlers{Resize: func(_ context.Context, r ResizeRequest) (any, error) {
+		switch r.Size {
+		case 1:
+			return nil, fmt.Errorf("%w: no device is so small", ErrRefused)
+		case 2:
+			return nil, errors.New("the disk is gone")
+		}
+		return r, nil
+	}})
+	var got ResizeRequest
+	wish := ResizeRequest{Size: 1 << 60, Capacity: 77}
+	if err := Resize(t.Context(), socket, wish, &got); err != nil || got != wish {
+		t.Errorf("Resize: %+v, %v", got, err)
+	}
+	if err := Resize(t.Context(), socket, ResizeRequest{Size: 1}, &got); !errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "no device is so small") {
+		t.Errorf("a refusal arrives as %v", err)
+	}
+	if err := Resize(t.Context(), socket, ResizeRequest{Size: 2}, &got); err == nil || errors.Is(err, ErrRefused) || !strings.Contains(err.Error(), "the disk is gone") {
+		t.Errorf("an error arrives as %v", err)
+	}
+}
+
+func TestCompact(t *testing.T) {
+	told := make(chan struct{})
+	socket := serveHandlers(t, Handlers{Compact: func(ctx context.Context, progress func(dead, live uint64)) (any, error) {
+		progress(5, 6)
+		select {
+		case <-told:
+			return "done", nil
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}})
+	var v string
+	err := Compact(t.Context(), socket, func(dead, live uint64) {
+		if dead == 5 && live == 6 {
+			close(told)
+		}
+	}, &v)
+	if err != nil || v != "done" {
+		t.Errorf("Compact: %q, %v", v, err)
+	}
+}
+
+func TestCompactFails(t *testing.T) {
+	socket := serveHandlers(t, Handlers{Compact: func(context.Context, func(dead, live uint64)) (any, error) {
+		return nil, errors.New("the disk is gone")
+	}})
+	var v string
+	if err := Compact(t.Context(), socket, func(dead, live uint64) {}, &v); err == nil || !strings.Contains(err.Error(), "the disk is gone") {
+		t.Errorf("an error arrives as %v", err)
+	}
+}
+
+// TestCompactGivenUp: the server learns that the client has gone.
+func TestCompactGivenUp(t *testing.T) {
+	started, ended := make(chan struct{}), make(chan struct{})
+	socket := serveHandlers(t, Handlers{Compact: func(ctx context.Context, _ func(dead, live uint64)) (any, error) {
+		close(started)
+		<-ctx.Done()
+		close(ended)
+		return nil, ctx.Err()
+	}})
+	ctx, cancel := context.WithCancel(t.Context())
+	got := make(chan error)
+	go func() {
+		var v string
+		got <- Compact(ctx, socket, func(dead, live uint64) {}, &v)
+	}()
+	<-started
+	cancel()
+	if err := <-got; !errors.Is(err, context.Canceled) {
+		t.Errorf("Compact: %v", err)
+	}
+	select {
+	case <-ended:
+	case <-time.After(20 * time.Second):
+		t.Error("the server goes on")
 	}
 }
