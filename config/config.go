@@ -178,6 +178,11 @@ type Export struct {
 	// and none have no levels.
 	Level int `key:"level" single:"level" type:"number" help:"effort of the codec, 1 to 4 (0: its default)"`
 
+	// Recompress says how an idle device encodes its data anew, to be smaller: auto
+	// (harder than new data, by the same codec), off, or a codec with its level,
+	// such as zstd:best. Default auto.
+	Recompress string `key:"recompress" single:"recompress" type:"auto|off|codec:level" help:"how an idle device encodes its data anew: auto is harder than new data (default auto)"`
+
 	// Lazy opens the store when the first client asks for it, and not at the
 	// start; nothing about it is looked at before. Default false.
 	Lazy bool `key:"lazy" single:"lazy" help:"open the store when the first client asks for it"`

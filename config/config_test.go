@@ -241,7 +241,7 @@ func TestSources(t *testing.T) {
 func TestOneExport(t *testing.T) {
 	want := Default()
 	want.Exports = []Export{{Name: "vm", Path: "/srv/vm.cnbd", Size: 10 * GiB, Capacity: 4 * GiB,
-		Codec: "zstd", Level: 3, ReadOnly: true, Description: "a, b", Lazy: true, ConnectionsMax: 3, Allow: []string{"alice", "bob"}}}
+		Codec: "zstd", Level: 3, Recompress: "zstd:best", ReadOnly: true, Description: "a, b", Lazy: true, ConnectionsMax: 3, Allow: []string{"alice", "bob"}}}
 	want.TLS, want.TLSCertificates = TLSOn, "/certs"
 	check := func(source string, got *Config, err error) {
 		t.Helper()
@@ -253,19 +253,19 @@ func TestOneExport(t *testing.T) {
 	}
 
 	got, err := Load("", commandLine(t, "--export", "vm", "--size", "10G", "--capacity", "4GiB", "--codec=zstd",
-		"--level=3", "--read-only", "/srv/vm.cnbd", "--description", "a, b", "--lazy", "--export-connections-max=3",
+		"--level=3", "--recompress=zstd:best", "--read-only", "/srv/vm.cnbd", "--description", "a, b", "--lazy", "--export-connections-max=3",
 		"--allow=alice", "--allow=bob", "--tls=on", "--tls-certificates=/certs"))
 	check("flags", got, err)
 	got, err = Load(write(t, `
 exports:
-  - {name: vm, path: /srv/vm.cnbd, size: 10737418240, capacity: 4 GiB, codec: zstd, level: 3, read-only: true, description: "a, b",
+  - {name: vm, path: /srv/vm.cnbd, size: 10737418240, capacity: 4 GiB, codec: zstd, level: 3, recompress: "zstd:best", read-only: true, description: "a, b",
      lazy: true, connections-max: 3, allow: [alice, bob]}
 tls: on
 tls-certificates: /certs
 `), commandLine(t))
 	check("file", got, err)
 	for key, v := range map[string]string{"export": "vm", "backing": "/srv/vm.cnbd", "size": "10GiB", "capacity": "4GiB",
-		"codec": "zstd", "level": "3", "read-only": "true", "description": "a, b", "lazy": "true", "export-connections-max": "3",
+		"codec": "zstd", "level": "3", "recompress": "zstd:best", "read-only": "true", "description": "a, b", "lazy": "true", "export-connections-max": "3",
 		"allow": "alice, bob", "tls": "on", "tls-certificates": "/certs"} {
 		t.Setenv(EnvName(key), v)
 	}
@@ -317,7 +317,7 @@ exports:
   - {path: ./a, name: "x\ny", size: 1.5, codec: lz4, level: 9}
   - oops
   - {codec: s2, level: 4, read-only: maybe}
-  - {path: c, codec: none, level: 1, description: 5}
+  - {path: c, codec: none, level: 1, description: 5, recompress: "zstd:9"}
 `)
 	t.Setenv("CNBD_HANDSHAKE_TIMEOUT", "soon")
 	t.Setenv("CNBD_WRITEBACK_PERIOD", "1ms")
@@ -347,6 +347,7 @@ exports:
 		"exports[3].read-only":   "maybe is neither true nor false",
 		"exports[4].name":        "is the name of exports[0] too",
 		"exports[4].level":       "1 with codec none, which has no levels",
+		"exports[4].recompress":  "zstd:9 is not allowed: give one of auto, off, zstd:fastest",
 		"exports[4].description": "5 is not text",
 		"handshake-timeout":      "CNBD_HANDSHAKE_TIMEOUT: soon is not a duration",
 		"writeback-period":       "CNBD_WRITEBACK_PERIOD: 1ms is out of range: give 10ms to 1h0m0s",

@@ -28,7 +28,9 @@ var (
 	logLevels  = []string{"trace", "debug", "info", "warn", "error"}
 	logFormats = []string{LogAuto, LogJSON, LogConsole}
 	codecs     = []string{"auto", "zstd", "s2", "none"}
-	extents    = []Size{32 * KiB, 64 * KiB, 128 * KiB}
+
+	recompressions = []string{"auto", "off", "zstd:fastest", "zstd:default", "zstd:better", "zstd:best", "s2:fast", "s2:better"}
+	extents        = []Size{32 * KiB, 64 * KiB, 128 * KiB}
 )
 
 // levelMax is the highest level of a codec: zstd has four, s2 two.
@@ -107,6 +109,9 @@ func (c *Config) validateExports(fs *faults) {
 			fs.add(key("level"), fmt.Errorf("%d with codec %s, which has no levels", e.Level, e.Codec))
 		} else {
 			fs.add(key("level"), within(e.Level, 0, cmp.Or(most, 4)))
+		}
+		if e.Recompress != "" {
+			fs.add(key("recompress"), oneOf(e.Recompress, recompressions))
 		}
 		fs.add(key("description"), protocolString(e.Description))
 		fs.add(key("connections-max"), within(e.ConnectionsMax, 0, 65536))

@@ -35,7 +35,8 @@ func (c *compressor) Encode(worker int, dst, src []byte, start block.Index) (out
 type recoder struct {
 	decoder *compression.Decoder
 	encoder *compression.Encoder
-	setting compression.Setting
+	hurried compression.Setting // as for new data
+	setting compression.Setting // when there is time
 }
 
 // Decode implements store.Recoder.
@@ -44,7 +45,31 @@ func (r *recoder) Decode(dst, src []byte, a extents.Addr) ([]byte, error) {
 }
 
 // Encode implements store.Recoder.
-func (r *recoder) Encode(dst, src []byte) (out []byte, codec, level uint8, ok bool) {
-	out, used, ok := r.encoder.Encode(dst, src, r.setting)
+func (r *recoder) Encode(dst, src []byte, hurry bool) (out []byte, codec, level uint8, ok bool) {
+	s := r.setting
+	if hurry {
+		s = r.hurried
+	}
+	out, used, ok := r.encoder.Encode(dst, src, s)
 	return out, uint8(used.Codec), uint8(used.Level), ok
+}
+
+// Done implements store.Recoder. The numbers of codecs and of their levels ascend
+// with what they save.
+func (r *recoder) Done(codec, level uint8) bool {
+	s := r.setting.Resolve()
+	return codec > uint8(s.Codec) || codec == uint8(s.Codec) && level >= uint8(s.Level)
+}
+
+// background is the setting for data that is encoded anew in the background, for a
+// store whose new data are encoded with s: no codec that is slower to decode.
+func background(s compression.Setting) compression.Setting {
+	better := compression.Setting{Codec: compression.Zstd, Level: compression.ZstdBetter}
+	switch s = s.Resolve(); {
+	case s.Codec == compression.Zstd && s.Level < better.Level:
+		return better
+	case s.Codec == compression.S2:
+		return compression.Setting{Codec: compression.S2, Level: compression.S2Better}
+	}
+	return s
 }

@@ -85,6 +85,13 @@ type Options struct {
 	// Default 128 Ki.
 	CheckpointRecords uint64
 
+	// Background is the codec for data that is encoded anew while the device is
+	// idle. Default: zstd:better if new data is encoded by zstd or auto, s2:better
+	// for s2, and none for none.
+	Background *compression.Setting
+	// NoRecompress leaves data as it was written, but for what the cleaner has to
+	// cut.
+	NoRecompress bool
 	// CleanPeriod is how often the cleaner looks whether there is something to
 	// do. Default 1 s.
 	CleanPeriod time.Duration
@@ -246,7 +253,14 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 		Pressure:   d.cache.WaitersForDirty,
 		Failed:     func(err error) { o.Warn("a commit has failed", err) },
 	})
-	d.store.StartCleaning(store.CleanerOptions{Recoder: &recoder{d.decoder, compression.NewEncoder(), d.codec}, Period: o.CleanPeriod})
+	behind := background(d.codec)
+	if o.Background != nil {
+		behind = *o.Background
+	}
+	d.store.StartCleaning(store.CleanerOptions{
+		Recoder:    &recoder{d.decoder, compression.NewEncoder(), d.codec, behind},
+		Recompress: !o.NoRecompress, Period: o.CleanPeriod,
+	})
 	return d, nil
 }
 

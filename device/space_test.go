@@ -270,3 +270,105 @@ func TestBookendsAreCleaned(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestRecompressed: a device that was written in small pieces at random, by a fast
+// codec, is in the end, when nobody does anything, as small as one that was written in
+// sequence at the level of recompression; and then nothing more is done, not after a
+// restart either.
+func TestRecompressed(t *testing.T) {
+	seed := disktest.Seed(t)
+	const size = 8 << 20
+	rng := rand.New(rand.NewPCG(seed, 0))
+	truth := make([]byte, size)
+	words := make([][]byte, 500)
+	for i := range words {
+		words[i] = make([]byte, 3+rng.IntN(12))
+		fill(words[i], rng.Uint64())
+	}
+	for at := 0; at < size; {
+		at += copy(truth[at:], words[rng.IntN(1+rng.IntN(len(words)))])
+	}
+	fill(truth[1<<20:2<<20], seed) // does not compress
+	clear(truth[2<<20 : 2<<20+300<<10])
+	o := smallOptions(t)
+	o.Background = &compression.Setting{Codec: compression.Zstd, Level: compression.ZstdBetter}
+	make := func(codec compression.Codec, level compression.Level) (*Device, *disktest.Disk) {
+		g := testGeometry(size, codec)
+		g.Level = uint8(level)
+		f := disktest.New(seed, disktest.Options{})
+		format(t, f, g)
+		return open(t, f, o), f
+	}
+	stored := func(d *Device) uint64 {
+		st, err := d.Status(t.Context()) // with a checkpoint first
+		if err != nil {
+			t.Fatal(err)
+		}
+		return st.Store.StoredBytes
+	}
+	d, _ := make(compression.Zstd, compression.ZstdBetter)
+	if _, err := d.WriteAt(truth, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	fresh := stored(d)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+
+	d, f := make(compression.Zstd, compression.ZstdFastest)
+	for _, b := range rng.Perm(size / block.Size) {
+		if _, err := d.WriteAt(truth[b*block.Size:][:block.Size], int64(b)*block.Size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Sync(); err != nil {
+		t.Fatal(err)
+	}
+	at := stored(d)
+	wait := func(d *Device, what string, done func(store.Stats) bool) (st store.Stats) {
+		deadline := time.Now().Add(time.Minute)
+		for {
+			var err error
+			if st, err = d.store.Stats(); err != nil {
+				t.Fatal(err)
+			}
+			if done(st) {
+				return st
+			}
+			if time.Now().After(deadline) {
+				t.Fatalf("%s: %d bytes stored, %d of a fresh copy: %+v", what, st.StoredBytes, fresh, st)
+			}
+			time.Sleep(time.Millisecond) // polling: the cleaner tells nobody
+		}
+	}
+	// It ends: no more commits in a time in which there were hundreds.
+	last, quiet := uint64(0), 0
+	st := wait(d, "recompression", func(st store.Stats) bool {
+		if quiet++; st.Commits != last {
+			last, quiet = st.Commits, 0
+		}
+		return st.Recompressed > 0 && quiet > 100
+	})
+	t.Logf("%d bytes stored, then %d, of a fresh copy %d; %d recompressed", at, st.StoredBytes, fresh, st.Recompressed)
+	if most := fresh + fresh/50; st.StoredBytes > most {
+		t.Errorf("%d bytes stored, want at most %d", st.StoredBytes, most)
+	}
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	checkClean(t, f)
+	d = open(t, f, o)
+	compareAll(t, d, truth)
+	time.Sleep(50 * time.Millisecond) // 20 looks of the cleaner: it must not do anything
+	if st, err := d.store.Stats(); err != nil || st.Recompressed != 0 {
+		t.Errorf("after a restart %d bytes were recompressed again, %v", st.Recompressed, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}

@@ -8,6 +8,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math"
+	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -63,8 +64,12 @@ type Recoder interface {
 	// dst. Both are borrowed.
 	Decode(dst, src []byte, a extents.Addr) ([]byte, error)
 	// Encode appends the encoding of src, whole blocks, at most 128 KiB, to dst,
-	// and says how it was made. ok is false if it is not worth it. Both are borrowed.
-	Encode(dst, src []byte) (out []byte, codec, level uint8, ok bool)
+	// and says how it was made. With hurry writes are waiting; else it takes its
+	// time. ok is false if it is not worth it. Both are borrowed.
+	Encode(dst, src []byte, hurry bool) (out []byte, codec, level uint8, ok bool)
+	// Done tells whether what is stored by this codec and level is as small as
+	// Encode without hurry would make it, or smaller.
+	Done(codec, level uint8) bool
 }
 
 // CleanerOptions are the settings of the cleaner.
@@ -72,6 +77,9 @@ type CleanerOptions struct {
 	// Recoder is needed to clean blobs that were overwritten in part, unless
 	// they are raw. Without one they stay where they are.
 	Recoder Recoder
+
+	// Recompress has an idle device's data encoded anew where it gets smaller.
+	Recompress bool
 
 	// Period is how often the cleaner looks whether there is something to do.
 	// 0: it works only when a write needs space (see MakeRoom).
@@ -94,21 +102,33 @@ type cleaner struct {
 	// The rest belongs to whose turn it is.
 	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
 	records []liveRecord
-	pending []extents.Extent // copies that are not in the map yet
+	pending []copied // that are not in the map yet
+	hurry   bool     // writes are waiting
 	window  []byte
-	blocks  []byte // of a decoded blob
+	blocks  []byte // of a decoded blob, or of several
+	decoded []byte
+	list    []extents.Extent
 	encoded []byte
 	overlay []extents.Extent // scratch
 
 	// Of the loop alone.
 	appended uint64 // records of clients at the last look
+	settled  uint64 // the same at the last checkpoint of an idle device
 	quiet    int    // looks since a client has appended something
+
+	recompresses bool // if idle
 
 	evacuation struct {
 		sync.Mutex
 		keys     []block.Index
 		segments map[uint32]bool
 	}
+}
+
+// A copied record is a data record that the cleaner has appended.
+type copied struct {
+	header
+	ref blobRef
 }
 
 // A liveRecord is a data record of a segment that is being cleaned.
@@ -118,7 +138,7 @@ type liveRecord struct {
 }
 
 func newCleaner(s *Store) *cleaner {
-	c := &cleaner{s: s, turn: make(chan struct{}, 1), quit: make(chan struct{}), futile: make(map[uint64]uint64)}
+	c := &cleaner{s: s, turn: make(chan struct{}, 1), quit: make(chan struct{}), futile: make(map[uint64]uint64), settled: math.MaxUint64}
 	c.evacuation.segments = make(map[uint32]bool)
 	return c
 }
@@ -145,6 +165,7 @@ func (c *cleaner) stopping() bool {
 func (s *Store) StartCleaning(o CleanerOptions) {
 	c := s.cleaner
 	c.recoder = o.Recoder
+	c.recompresses = o.Recompress && o.Recoder != nil
 	if o.Period > 0 {
 		c.done.Go(func() { c.loop(o.Period) })
 	}
@@ -315,6 +336,7 @@ var errNoRoom = errors.New("no room to clean")
 // the one that costs least for what it gains, and just that one. REQUIRES: the turn.
 func (c *cleaner) clean(urgent bool) (progress bool, err error) {
 	s := c.s
+	c.hurry = urgent
 	s.mu.RLock()
 	before := s.mu.replay
 	s.mu.RUnlock()
@@ -604,7 +626,6 @@ func whole(e extents.Extent) bool { return e.Skip == 0 && e.Count == block.Count
 // the map lead to them. It returns the number of those blocks.
 func (c *cleaner) moveBatch(number uint32, live []extents.Extent, sequence uint64) (moved block.Count, err error) {
 	s := c.s
-	c.pending = c.pending[:0]
 	last := live[len(live)-1].Addr
 	w := &recordWindow{file: s.file, number: number, base: s.segments.base(number), limit: last.Offset + last.Length, buf: c.window, start: live[0].Addr.Offset}
 	seed := s.segments.seed(number)
@@ -653,7 +674,7 @@ func (c *cleaner) copyBlob(live []extents.Extent, stored []byte, sequence uint64
 		part := blocks[int(e.Skip)*block.Size:][:e.Count.Bytes()]
 		codec, level := uint8(0), uint8(0)
 		if recode != nil {
-			out, k, l, ok := recode.Encode(c.encoded[:0], part)
+			out, k, l, ok := recode.Encode(c.encoded[:0], part, c.hurry)
 			c.encoded = out[:0]
 			if ok {
 				part, codec, level = out, k, l
@@ -669,38 +690,45 @@ func (c *cleaner) copyBlob(live []extents.Extent, stored []byte, sequence uint64
 // copy appends a copy of the blocks r, unless something newer has been appended
 // for any of them.
 func (c *cleaner) copy(r block.Range, codec, level uint8, stored []byte, sequence uint64) error {
+	return c.copyRecord(header{kind: recordData, codec: codec, level: level, start: r.Start, count: r.Len(), present: ^uint32(0) >> (32 - r.Len())}, stored, sequence)
+}
+
+// copyRecord appends a data record that says nothing new, unless something newer has
+// been appended for any of its blocks.
+func (c *cleaner) copyRecord(h header, stored []byte, sequence uint64) error {
 	s := c.s
 	s.log.mu.Lock()
 	defer s.log.mu.Unlock()
 	s.mu.RLock()
-	ok := s.untouchedLocked(r, sequence)
+	ok := s.untouchedLocked(block.Span(h.start, h.count), sequence)
 	s.mu.RUnlock()
 	if !ok && !mutant.Is(mutant.CopyOverNewer) {
 		return nil
 	}
-	if codec == 0 {
+	if h.codec == 0 {
 		// Raw blocks can be cut anywhere, so they fill a segment to its end.
-		if n := block.Count(s.log.tailLocked() / block.Size); n > 0 && n < r.Len() {
-			head := block.Span(r.Start, n)
-			if err := c.copyLocked(head, codec, level, stored[:n.Bytes()]); err != nil {
+		if n := int(s.log.tailLocked() / block.Size); n > 0 && n < bits.OnesCount32(h.present) {
+			b := extents.Blob{Start: h.start, Count: uint8(h.count), Present: h.present, Parts: [][]byte{stored}}
+			head, tail := cutRaw(b, n)
+			cut := h
+			cut.start, cut.count, cut.present = head.Start, block.Count(head.Count), head.Present
+			if err := c.appendLocked(cut, stored[:n*block.Size]); err != nil {
 				return err
 			}
-			r.Start, stored = head.End, stored[n.Bytes():]
+			h.start, h.count, h.present = tail.Start, block.Count(tail.Count), tail.Present
+			stored = stored[n*block.Size:]
 		}
 	}
-	return c.copyLocked(r, codec, level, stored)
+	return c.appendLocked(h, stored)
 }
 
-// copyLocked appends a copy of r as one record. REQUIRES: s.log.mu held.
-func (c *cleaner) copyLocked(r block.Range, codec, level uint8, stored []byte) error {
-	n := uint8(r.Len())
-	ref, err := c.s.log.appendLocked(header{kind: recordData, codec: codec, level: level, start: r.Start, count: r.Len(), present: ^uint32(0) >> (32 - n)}, stored)
-	if err != nil {
-		return err
+// appendLocked appends one data record. REQUIRES: s.log.mu held.
+func (c *cleaner) appendLocked(h header, stored []byte) error {
+	ref, err := c.s.log.appendLocked(h, stored)
+	if err == nil {
+		c.pending = append(c.pending, copied{h, ref})
 	}
-	c.pending = append(c.pending, extents.Extent{Start: r.Start, Count: r.Len(), Kind: extents.Data,
-		Addr: extents.Addr{Segment: ref.segment, Offset: ref.offset, Length: ref.length, Checksum: ref.checksum, Blocks: n, Codec: codec, Level: level}})
-	return nil
+	return err
 }
 
 // enter waits until the copies are written and has the map lead to those whose
@@ -719,13 +747,14 @@ func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for _, e := range c.pending {
-		if s.untouchedLocked(e.Range(), sequence) || mutant.Is(mutant.MapOverNewer) {
-			s.mu.open.Insert(e)
-			entered += e.Count
-			s.metrics.movedBytes.Add(uint64(e.Addr.Length))
+	for _, x := range c.pending {
+		if s.untouchedLocked(block.Span(x.start, x.count), sequence) || mutant.Is(mutant.MapOverNewer) {
+			insertBlob(s.mu.open, extents.Data, x.header, x.ref)
+			entered += x.count
+			s.metrics.movedBytes.Add(uint64(x.ref.length))
 		}
 	}
+	c.pending = c.pending[:0]
 	s.entries.Store(s.overlayLenLocked())
 	return entered, nil
 }
@@ -764,11 +793,14 @@ func (c *cleaner) loop(period time.Duration) {
 	}
 }
 
+// appended counts the records of clients.
+func (s *Store) appended() uint64 { return s.metrics.dataRecords.Load() + s.metrics.holes.Load() }
+
 // work does a piece of the background work. It reports whether there was any, and
 // whether clients are writing.
 func (c *cleaner) work() (worked, busy bool) {
 	s := c.s
-	if n := s.metrics.dataRecords.Load() + s.metrics.holes.Load(); n != c.appended {
+	if n := s.appended(); n != c.appended {
 		c.appended, c.quiet = n, 0
 	} else {
 		c.quiet++
@@ -802,9 +834,23 @@ func (c *cleaner) work() (worked, busy bool) {
 			return true, busy
 		}
 	}
-	// An idle device works off what the next checkpoints free.
-	if !busy && (s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0) {
-		return s.Checkpoint() == nil, busy
+	if busy {
+		return false, true
 	}
-	return false, busy
+	// Recompression wants all of the map in the tree, and has room for itself.
+	if c.recompresses && !low && c.settled == c.appended {
+		worked, err := c.recompress()
+		if err != nil {
+			return false, false
+		}
+		if worked {
+			return !s.checkpointDue() || s.Checkpoint() == nil, false
+		}
+	}
+	// An idle device works off what the next checkpoints free.
+	c.settled = c.appended
+	if s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0 {
+		return s.Checkpoint() == nil, false
+	}
+	return false, false
 }

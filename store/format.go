@@ -199,7 +199,10 @@ type blobRef struct {
 //	232   8   entries of the segment table
 //	240   8   copies of map nodes that are referred to
 //	248   8   bytes of them
-//	256   …   reserved
+//	256   1   log2 of the blocks of a region (0: all of the device is touched)
+//	257   7   reserved
+//	264   1024 bitmap of the regions that were touched since they were recompressed
+//	1288  …   reserved
 //	4092  4   CRC-32C of bytes 0 to 4091
 type superblock struct {
 	Geometry
@@ -212,6 +215,9 @@ type superblock struct {
 	seeds    [2]uint32 // of the segments of usage and trims
 	segments uint64
 	nodes    nodeTotals
+
+	touchedShift uint8
+	touched      [touchedSize]byte
 }
 
 // nodeTotals are what the nodes of the map take: the copies, and their bytes.
@@ -220,7 +226,7 @@ type nodeTotals struct{ copies, bytes uint64 }
 const (
 	superRoot     = 136
 	superRootSize = 64
-	superFields   = 256 // bytes that have a meaning; a record of type recordSuper holds them
+	superFields   = 256 // what a record of type recordSuper holds: all but hints
 )
 
 // The encoded root must fit into its place.
@@ -246,6 +252,8 @@ func (sb *superblock) encode() []byte {
 	le.PutUint64(b[232:], sb.segments)
 	le.PutUint64(b[240:], sb.nodes.copies)
 	le.PutUint64(b[248:], sb.nodes.bytes)
+	b[256] = sb.touchedShift
+	copy(b[264:], sb.touched[:])
 	le.PutUint32(b[4092:], crc32.Checksum(b[:4092], castagnoli))
 	return b
 }
@@ -263,10 +271,16 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if v := le.Uint32(b[8:]); v != Version {
 		return nil, fmt.Errorf("format %d, this program knows %d, a newer cnbd does: %w", v, Version, ErrVersion)
 	}
-	if !allZero(b[superFields:4092]) {
+	if !allZero(b[257:264]) || !allZero(b[264+touchedSize:4092]) {
 		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
 	}
-	return decodeSuperFields(b)
+	sb, err := decodeSuperFields(b)
+	if err != nil {
+		return nil, err
+	}
+	sb.touchedShift = b[256]
+	copy(sb.touched[:], b[264:])
+	return sb, nil
 }
 
 // decodeSuperFields decodes the first superFields bytes of a superblock, which are

@@ -144,8 +144,10 @@ func (s *Store) apply(r *scanned) {
 			kind = extents.Lost
 		}
 		insertBlob(s.mu.open, kind, r.header, blobRef{r.segment, r.offset + recordHeader, r.length, r.checksum})
+		s.touched.note(block.Span(r.start, r.count))
 	case recordHole:
 		s.mu.open.Insert(extents.Extent{Start: r.start, Count: r.count, Kind: extents.Hole})
+		s.touched.note(block.Span(r.start, r.count))
 	default:
 		if r.bad {
 			// A node or a table is verified again when it is used.

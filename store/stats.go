@@ -38,21 +38,23 @@ type Stats struct {
 	PendingTrims uint64 `json:"pending_trim_bytes"`
 
 	// Counters since opening.
-	Reads       uint64 `json:"reads"`             // of blobs
-	ReadBytes   uint64 `json:"read_bytes"`        // stored bytes of them
-	Corrupt     uint64 `json:"corrupt"`           // checksums that did not verify
-	Commits     uint64 `json:"commits"`           // commit records
-	Syncs       uint64 `json:"syncs"`             // fdatasync calls
-	Checkpoints uint64 `json:"checkpoints"`       // completed
-	Blobs       uint64 `json:"blobs"`             // appended
-	RawBlobs    uint64 `json:"raw_blobs"`         // of them, those that did not compress
-	BlobData    uint64 `json:"blob_data"`         // bytes of data appended
-	BlobStored  uint64 `json:"blob_stored"`       // bytes that it took
-	LogWritten  uint64 `json:"log_written"`       // bytes written to segments
-	Cleaned     uint64 `json:"cleaned_segments"`  // emptied by the cleaner
-	Moved       uint64 `json:"moved_bytes"`       // stored bytes that the cleaner has copied
-	Shortages   uint64 `json:"shortages"`         // times that writes had to wait for space
-	Failure     string `json:"failure,omitempty"` // what made the store read-only
+	Reads       uint64 `json:"reads"`            // of blobs
+	ReadBytes   uint64 `json:"read_bytes"`       // stored bytes of them
+	Corrupt     uint64 `json:"corrupt"`          // checksums that did not verify
+	Commits     uint64 `json:"commits"`          // commit records
+	Syncs       uint64 `json:"syncs"`            // fdatasync calls
+	Checkpoints uint64 `json:"checkpoints"`      // completed
+	Blobs       uint64 `json:"blobs"`            // appended
+	RawBlobs    uint64 `json:"raw_blobs"`        // of them, those that did not compress
+	BlobData    uint64 `json:"blob_data"`        // bytes of data appended
+	BlobStored  uint64 `json:"blob_stored"`      // bytes that it took
+	LogWritten  uint64 `json:"log_written"`      // bytes written to segments
+	Cleaned     uint64 `json:"cleaned_segments"` // emptied by the cleaner
+	Moved       uint64 `json:"moved_bytes"`      // stored bytes that the cleaner has copied
+	// Recompressed is the data that was encoded anew while the device was idle.
+	Recompressed uint64 `json:"recompressed_bytes"`
+	Shortages    uint64 `json:"shortages"`         // times that writes had to wait for space
+	Failure      string `json:"failure,omitempty"` // what made the store read-only
 }
 
 // Ratio is data by stored bytes, 0 if nothing is stored.
@@ -105,6 +107,7 @@ func (s *Store) Stats() (Stats, error) {
 	st.Commits, st.Syncs, st.Checkpoints = m.commits.Load(), m.syncs.Load(), m.checkpoints.Load()
 	st.Blobs, st.RawBlobs, st.BlobData, st.BlobStored = m.dataRecords.Load(), m.rawRecords.Load(), m.dataBytes.Load(), m.storedBytes.Load()
 	st.Cleaned, st.Moved, st.Shortages = m.cleaned.Load(), m.movedBytes.Load(), m.shortages.Load()
+	st.Recompressed = m.recompressedBytes.Load()
 	if s.log != nil {
 		s.log.written.Lock()
 		st.LogWritten = s.log.written.bytes

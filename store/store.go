@@ -127,6 +127,7 @@ type Store struct {
 	tree     *extents.Tree
 	log      *log     // nil if read-only
 	cleaner  *cleaner // nil if read-only
+	touched  *touched // for recompression
 
 	salvage  bool                  // recovery goes on where it would refuse: see Repair
 	failure  atomic.Pointer[error] // the first failed write or sync
@@ -163,7 +164,7 @@ type Store struct {
 	metrics  struct {
 		reads, readBytes, corrupt, commits, syncs, checkpoints atomic.Uint64
 		dataRecords, dataBytes, storedBytes, rawRecords, holes atomic.Uint64
-		cleaned, movedBytes, shortages                         atomic.Uint64
+		cleaned, movedBytes, recompressedBytes, shortages      atomic.Uint64
 	}
 }
 
@@ -232,6 +233,7 @@ func (s *Store) appendBlobLocked(b extents.Blob) error {
 	if b.Codec == 0 {
 		s.metrics.rawRecords.Add(1)
 	}
+	s.touched.note(block.Span(h.start, h.count))
 	return nil
 }
 
@@ -305,6 +307,7 @@ func (s *Store) AppendHole(r block.Range) error {
 	s.entries.Store(s.overlayLenLocked())
 	s.mu.Unlock()
 	s.metrics.holes.Add(1)
+	s.touched.note(r)
 	return nil
 }
 

@@ -352,6 +352,10 @@ func (s *serving) open(v *served) (err error) {
 	if err != nil {
 		return err
 	}
+	behind, err := recompressionOf(e)
+	if err != nil {
+		return err
+	}
 	// The memory is that of all exports together; each has an equal share.
 	share := func(n config.Size) int64 { return int64(n) / int64(len(s.stores)) }
 	dirty := share(c.DirtyLimit())
@@ -369,6 +373,7 @@ func (s *serving) open(v *served) (err error) {
 		// let a client that stalls in its longest request stop an export's writers.
 		PayloadBytes:  int64(c.Payload) + block.Size,
 		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
+		Background: behind, NoRecompress: e.Recompress == "off",
 		Codec: &codec, ExtentBytes: uint32(c.Extent), Workers: c.WorkerCount(),
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
 		CheckpointBytes: uint64(c.CheckpointInterval),
@@ -406,6 +411,15 @@ func (v *served) close() {
 		_ = v.file.Close() // nothing was written
 		v.file = nil
 	}
+}
+
+// recompressionOf is the codec for data that is encoded anew, nil for the default.
+func recompressionOf(e *config.Export) (*compression.Setting, error) {
+	if e.Recompress == "" || e.Recompress == "auto" || e.Recompress == "off" {
+		return nil, nil
+	}
+	s, err := compression.Parse(e.Recompress)
+	return &s, err
 }
 
 // codecFor is the codec for new data: what the export asks for, else the store's.
