@@ -13,6 +13,8 @@ const (
 	// walkBlocks is how much of the map is looked up at a time: at most as many
 	// extents, a megabyte, of which there are usually far fewer.
 	walkBlocks = 64 << 20 >> block.Shift
+	// walkWindows is how often that is done in one Allocation.
+	walkWindows = 256
 	// walkUnstored is how many blocks and holes that the map does not have yet
 	// are taken from the cache at a time.
 	walkUnstored = 16 << 10
@@ -23,10 +25,15 @@ const (
 
 // A walk is an Allocation in progress, with memory that is kept for the next.
 type walk struct {
-	unstored []block.Index
-	holes    []block.Range
-	ext      []extents.Extent
+	buffers struct {
+		unstored []block.Index
+		holes    []block.Range
+	}
+	ext []extents.Extent
 
+	unstored []block.Index // what the map does not have: not yet passed, ascending
+	holes    []block.Range
+	windows  int    // that may still be looked up
 	off, end uint64 // what was asked for, in bytes
 	visit    func(n uint64, hole bool) bool
 	run      block.Range // not yet visited
@@ -36,7 +43,8 @@ type walk struct {
 
 // Allocation tells which of the n bytes at off are stored, or waiting to be, and
 // which are holes, which read as zeros: it calls visit for runs, in order from off
-// on and without a gap, until visit returns false or all is told. Holes are exact
+// on and without a gap, until visit returns false or all is told, or after so much
+// work (16 GiB of data) that the caller had better ask again. Holes are exact
 // to the block. A run of data may hold zeros, for what was written and has not
 // been written back yet counts as data, and so do lost blocks. What changes
 // meanwhile is told as it was at one moment or another, block by block.
@@ -61,11 +69,12 @@ func (d *Device) Allocation(ctx context.Context, off, n uint64, visit func(n uin
 	w.run, w.hole, w.stopped = block.Span(r.Start, 0), false, false
 	view := d.store.View()
 	defer d.store.Unview(view)
-	for !r.Empty() && !w.stopped {
+	for w.windows = walkWindows; !r.Empty() && !w.stopped && w.windows > 0; {
 		// The cache first, then the map: see pagecache.Unstored.
 		part := r
-		w.unstored, part.End = d.cache.Unstored(part, walkUnstored, w.unstored[:0])
-		w.holes, part.End = d.cache.PendingHoles(part, walkUnstored, w.holes[:0])
+		w.unstored, part.End = d.cache.Unstored(part, walkUnstored, w.buffers.unstored[:0])
+		w.holes, part.End = d.cache.PendingHoles(part, walkUnstored, w.buffers.holes[:0])
+		w.buffers.unstored, w.buffers.holes = w.unstored, w.holes
 		if err := w.part(ctx, d, part); err != nil {
 			return err
 		}
@@ -75,47 +84,57 @@ func (d *Device) Allocation(ctx context.Context, off, n uint64, visit func(n uin
 	return nil
 }
 
-// part walks r, of which w knows what the map does not have.
-func (w *walk) part(ctx context.Context, d *Device, r block.Range) (err error) {
-	unstored, holes := w.unstored, w.holes
-	for !r.Empty() && !w.stopped {
+// part walks r, of which w knows what the map does not have, until it is stopped or
+// has no windows left.
+func (w *walk) part(ctx context.Context, d *Device, r block.Range) error {
+	for !r.Empty() && !w.stopped && w.windows > 0 {
 		if ctx.Err() != nil {
 			return context.Cause(ctx)
 		}
-		win := block.Range{Start: r.Start, End: min(r.End, r.Start+walkBlocks)}
-		w.ext, err = d.store.Lookup(win, w.ext[:0])
+		w.windows--
+		next, err := d.store.NextMapped(r)
+		if err == nil {
+			w.mapped(block.Range{Start: r.Start, End: next}, true)
+			r.Start = next
+			win := block.Range{Start: r.Start, End: min(r.End, r.Start+walkBlocks)}
+			w.ext, err = d.store.Lookup(win, w.ext[:0])
+			r.Start = win.End
+		}
 		if err != nil {
 			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 		}
 		for _, e := range w.ext {
-			for at, end := e.Start, e.Range().End; at < end; {
-				for len(unstored) > 0 && unstored[0] < at {
-					unstored = unstored[1:]
-				}
-				for len(holes) > 0 && holes[0].End <= at {
-					holes = holes[1:]
-				}
-				stop, hole := end, e.Kind == extents.Hole
-				switch {
-				case len(unstored) > 0 && unstored[0] == at:
-					stop, hole = at+1, false
-				case len(holes) > 0 && holes[0].Start <= at:
-					stop, hole = min(stop, holes[0].End), true
-				case len(holes) > 0:
-					stop = min(stop, holes[0].Start)
-				}
-				if len(unstored) > 0 && unstored[0] > at {
-					stop = min(stop, unstored[0])
-				}
-				if w.add(block.Range{Start: at, End: stop}, hole); w.stopped {
-					return nil
-				}
-				at = stop
-			}
+			w.mapped(e.Range(), e.Kind == extents.Hole)
 		}
-		r.Start = win.End
 	}
 	return nil
+}
+
+// mapped adds r, which the map has as data or a hole, with what the cache knows
+// better.
+func (w *walk) mapped(r block.Range, hole bool) {
+	for at := r.Start; at < r.End && !w.stopped; {
+		for len(w.unstored) > 0 && w.unstored[0] < at {
+			w.unstored = w.unstored[1:]
+		}
+		for len(w.holes) > 0 && w.holes[0].End <= at {
+			w.holes = w.holes[1:]
+		}
+		stop, is := r.End, hole
+		switch {
+		case len(w.unstored) > 0 && w.unstored[0] == at:
+			stop, is = at+1, false
+		case len(w.holes) > 0 && w.holes[0].Start <= at:
+			stop, is = min(stop, w.holes[0].End), true
+		case len(w.holes) > 0:
+			stop = min(stop, w.holes[0].Start)
+		}
+		if len(w.unstored) > 0 && w.unstored[0] > at {
+			stop = min(stop, w.unstored[0])
+		}
+		w.add(block.Range{Start: at, End: stop}, is)
+		at = stop
+	}
 }
 
 // add makes r, which adjoins what came before, a part of the current run or begins

@@ -171,6 +171,58 @@ func TestAllocationOfMuchDirty(t *testing.T) {
 	}
 }
 
+// TestAllocationOfMuchHole: holes of any length cost nothing, and who asks for much
+// more than a device has data for is answered in parts.
+func TestAllocationOfMuchHole(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	const size, data = 1 << 60, walkWindows + 50
+	format(t, f, testGeometry(size, compression.None))
+	o := smallOptions(t)
+	o.CacheBytes = 16 << 20
+	d := open(t, f, o)
+	page := bytes.Repeat([]byte("a"), block.Size)
+	for i := range data {
+		if _, err := d.WriteAt(page, int64(i+1)*(size/(data+1)/block.Size*block.Size)); err != nil {
+			t.Fatal(err)
+		}
+		if i == data/2 {
+			if err := d.Sync(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for _, stored := range []bool{false, true} {
+		var pages, parts int
+		for off := uint64(0); off < size; parts++ {
+			from := off
+			if err := d.Allocation(t.Context(), off, size-off, func(n uint64, hole bool) bool {
+				off += n
+				if !hole {
+					pages++
+					if n != block.Size || off-n != uint64(pages)*(size/(data+1)/block.Size*block.Size) {
+						t.Fatalf("data of %d bytes at %d", n, off-n)
+					}
+				}
+				return true
+			}); err != nil {
+				t.Fatal(err)
+			}
+			if off == from {
+				t.Fatalf("nothing was told of %d", off)
+			}
+		}
+		if pages != data || stored && parts < 2 {
+			t.Errorf("%d pages in %d parts", pages, parts)
+		}
+		if err := errors.Join(d.Sync(), d.store.Checkpoint()); err != nil { // into the tree
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestPrefetch: what was prefetched is read without the disk, and no more is
 // prefetched than half of the cache holds.
 func TestPrefetch(t *testing.T) {

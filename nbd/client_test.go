@@ -205,6 +205,22 @@ func greeting(flags uint16) []byte {
 	return binary.BigEndian.AppendUint16([]byte("NBDMAGICIHAVEOPT"), flags)
 }
 
+// handshakeOf is what a server says that grants messages of form m, with chunks, and
+// block status with number 5.
+func handshakeOf(m ReplyMode) []byte {
+	b := greeting(3)
+	if m == StructuredReplies {
+		b = appendOptReply(b, optExtended, repErrUnsup, nil)
+		b = appendOptReply(b, optStructured, repAck, nil)
+	} else {
+		b = appendOptReply(b, optExtended, repAck, nil)
+	}
+	b = appendOptReply(b, optSetMeta, repMeta, append([]byte{0, 0, 0, 5}, contextAllocation...))
+	b = appendOptReply(b, optSetMeta, repAck, nil)
+	b = appendOptReply(b, optGo, repInfo, append([]byte{0, 0}, export(1<<20, FlagHasFlags, 0)...))
+	return appendOptReply(b, optGo, repAck, nil)
+}
+
 func export(size uint64, flags TransmissionFlags, zeroes int) []byte {
 	b := binary.BigEndian.AppendUint64(nil, size)
 	b = binary.BigEndian.AppendUint16(b, uint16(flags))
@@ -338,18 +354,7 @@ func TestClientOfBrokenChunks(t *testing.T) {
 				map[ReplyMode]string{StructuredReplies: "malformed"}[m]},
 			{"a wrong number of extents", true, put(done, chunkStatusExt, be.AppendUint64(be.AppendUint64(be.AppendUint64(nil, 5<<32|2), 1<<40), 3)...), "malformed"},
 		} {
-			out := greeting(3)
-			if m == StructuredReplies {
-				out = appendOptReply(out, optExtended, repErrUnsup, nil)
-				out = appendOptReply(out, optStructured, repAck, nil)
-			} else {
-				out = appendOptReply(out, optExtended, repAck, nil)
-			}
-			out = appendOptReply(out, optSetMeta, repMeta, append(be.AppendUint32(nil, 5), contextAllocation...))
-			out = appendOptReply(out, optSetMeta, repAck, nil)
-			out = appendOptReply(out, optGo, repInfo, append([]byte{0, 0}, export(1<<20, FlagHasFlags, 0)...))
-			out = appendOptReply(out, optGo, repAck, nil)
-			c, err := NewClient(t.Context(), replyServer(t, out, tc.out), "")
+			c, err := NewClient(t.Context(), replyServer(t, handshakeOf(m), tc.out), "")
 			if err != nil {
 				t.Fatalf("%v, %s: %v", m, tc.name, err)
 			}

@@ -84,28 +84,15 @@ func FuzzMetaQuery(f *testing.F) {
 // FuzzClient: whatever a server says, the client ends, and does not hold more than
 // it was asked for.
 func FuzzClient(f *testing.F) {
-	head := func(m ReplyMode) []byte {
-		b := greeting(3)
-		if m == StructuredReplies {
-			b = appendOptReply(b, optExtended, repErrUnsup, nil)
-			b = appendOptReply(b, optStructured, repAck, nil)
-		} else {
-			b = appendOptReply(b, optExtended, repAck, nil)
-		}
-		b = appendOptReply(b, optSetMeta, repMeta, append([]byte{0, 0, 0, 5}, contextAllocation...))
-		b = appendOptReply(b, optSetMeta, repAck, nil)
-		b = appendOptReply(b, optGo, repInfo, append([]byte{0, 0}, export(1<<20, FlagHasFlags, 0)...))
-		return appendOptReply(b, optGo, repAck, nil)
-	}
 	for _, m := range []ReplyMode{StructuredReplies, ExtendedHeaders} {
 		put := func(kind chunkType, body ...byte) []byte {
 			return append(chunk{flags: chunkFlagDone, kind: kind, cookie: 1, n: uint64(len(body))}.appendTo(nil, m), body...)
 		}
-		f.Add(head(m), put(chunkData, make([]byte, 108)...), false)
-		f.Add(head(m), put(chunkHole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100), false)
-		f.Add(head(m), put(chunkError, 0, 0, 0, 5, 0, 1, 'x'), false)
-		f.Add(head(m), put(chunkStatus, 0, 0, 0, 5, 0, 0, 0, 100, 0, 0, 0, 3), true)
-		f.Add(head(m), put(chunkStatusExt, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 3), true)
+		f.Add(handshakeOf(m), put(chunkData, make([]byte, 108)...), false)
+		f.Add(handshakeOf(m), put(chunkHole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100), false)
+		f.Add(handshakeOf(m), put(chunkError, 0, 0, 0, 5, 0, 1, 'x'), false)
+		f.Add(handshakeOf(m), put(chunkStatus, 0, 0, 0, 5, 0, 0, 0, 100, 0, 0, 0, 3), true)
+		f.Add(handshakeOf(m), put(chunkStatusExt, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 3), true)
 	}
 	f.Add(append(greeting(0), export(4096, FlagHasFlags, 124)...), appendSimpleReply(nil, 0, 1), false)
 	f.Fuzz(func(t *testing.T, handshake, reply []byte, status bool) {
