@@ -467,6 +467,24 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// StartScrub begins to verify all that is stored, in the background and reading at
+// most rate bytes in a second (0: no limit). It takes a checkpoint first, so that
+// what was committed is looked at. Scrub tells what it finds; Close ends it.
+func (d *Device) StartScrub(rate uint64) error {
+	if !d.opts.ReadOnly && d.store.Err() == nil {
+		if err := d.store.Checkpoint(); err != nil {
+			return fmt.Errorf("device: %w", err)
+		}
+	}
+	return d.store.StartScrub(rate)
+}
+
+// StopScrub ends the scrub that is running.
+func (d *Device) StopScrub() { d.store.StopScrub() }
+
+// Scrub is the newest scrub since the device was opened, nil if there was none.
+func (d *Device) Scrub() *store.ScrubReport { return d.store.Scrub() }
+
 // A Status is what an administrator wants to know of a device.
 type Status struct {
 	UUID        string  `json:"uuid"`
@@ -480,6 +498,8 @@ type Status struct {
 	DirtyBytes  uint64  `json:"dirty_bytes"`    // not yet in the log
 	Ratio       float64 `json:"ratio"`          // data bytes by stored bytes
 	Overhead    uint64  `json:"overhead_bytes"` // host bytes that are not stored data
+
+	Scrub *store.ScrubReport `json:"scrub,omitempty"` // the newest since the device was opened
 
 	Store     store.Stats       `json:"store"`
 	Recovery  store.Recovery    `json:"recovery"`
@@ -521,7 +541,7 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 		ExtentSize: d.opts.ExtentBytes, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,
 		Healthy: stats.Failure == "" && stats.Corrupt == 0, DirtyBytes: d.cache.DirtyBlocks().Bytes(),
 		Ratio: stats.Ratio(), Overhead: stats.HostBytes - min(stats.HostBytes, stats.StoredBytes),
-		Store: stats, Recovery: d.Recovery(), Cache: d.cache.Metrics(),
+		Scrub: d.store.Scrub(), Store: stats, Recovery: d.Recovery(), Cache: d.cache.Metrics(),
 		Reads: ReadMetrics{
 			Misses: m.misses.Load(), Lookups: m.lookups.Load(), Decodes: m.decodes.Load(),
 			Neighbours: m.neighbours.Load(), Bookends: m.bookends.Load(), Holes: m.holesRead.Load(),

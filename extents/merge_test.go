@@ -153,7 +153,7 @@ func (m *mapModel) damaged(nodes []WalkNode) map[Pointer]*usageTotals {
 		under = w.Keys.End
 		below := newUsageTotals()
 		m.store.pristine = true
-		if err := m.tree.walk(w.Level, child{w.Keys, w.Pointer}, func(w WalkNode) error {
+		if err := m.tree.walk(w.Level, child{w.Keys, w.Pointer}, 0, func(w WalkNode) error {
 			below.Node(w.Pointer, 1)
 			return w.Err
 		}, func(e Extent) error {

@@ -190,13 +190,22 @@ type WalkNode struct {
 // leaves the cache alone. What is below an unreadable node is not visited. An
 // error of node or extent ends the walk and is returned; there is no other.
 func (t *Tree) Walk(root Root, node func(WalkNode) error, extent func(Extent) error) error {
+	return t.WalkFrom(root, 0, node, extent)
+}
+
+// WalkFrom is Walk without the nodes whose last block is before from, and what is
+// in them.
+func (t *Tree) WalkFrom(root Root, from block.Index, node func(WalkNode) error, extent func(Extent) error) error {
 	if root.Height == 0 {
 		return nil
 	}
-	return t.walk(root.Height-1, root.child(), node, extent)
+	return t.walk(root.Height-1, root.child(), from, node, extent)
 }
 
-func (t *Tree) walk(level uint8, c child, node func(WalkNode) error, extent func(Extent) error) error {
+func (t *Tree) walk(level uint8, c child, from block.Index, node func(WalkNode) error, extent func(Extent) error) error {
+	if c.keys.End <= from {
+		return nil
+	}
 	w := WalkNode{Pointer: c.Pointer, Level: level, Keys: c.keys}
 	n, err := t.read(level, c)
 	if err != nil {
@@ -212,7 +221,7 @@ func (t *Tree) walk(level uint8, c child, node func(WalkNode) error, extent func
 		if level == 0 {
 			err = extent(n.extent(&at))
 		} else {
-			err = t.walk(level-1, n.child(&at), node, extent)
+			err = t.walk(level-1, n.child(&at), from, node, extent)
 		}
 		if err != nil {
 			return err

@@ -66,11 +66,15 @@ func Check(f disk.File, o CheckOptions) (*CheckReport, error) {
 }
 
 func (r *CheckReport) problem(format string, args ...any) {
-	if len(r.Problems) == problemsMax {
-		r.More++
-		return
+	r.Problems, r.More = addProblem(r.Problems, r.More, format, args...)
+}
+
+// addProblem adds to a list of problems what fits into it.
+func addProblem(list []string, more int, format string, args ...any) ([]string, int) {
+	if len(list) == problemsMax {
+		return list, more + 1
 	}
-	r.Problems = append(r.Problems, fmt.Sprintf(format, args...))
+	return append(list, fmt.Sprintf(format, args...)), more
 }
 
 type checker struct {

@@ -389,7 +389,7 @@ func (h *segmentHead) encode(b []byte, store *Geometry) {
 	le.PutUint64(b[64:], h.plife)
 	le.PutUint32(b[72:], h.pend)
 	le.PutUint64(b[80:], h.durable)
-	store.encode(b[88:])
+	store.encode(b[88 : 88+geometrySize])
 	le.PutUint32(b[4092:], crc32.Checksum(b[:4092], castagnoli))
 }
 

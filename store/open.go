@@ -58,6 +58,7 @@ func (s *Store) Close() error {
 	}
 	s.mu.closed = true
 	s.mu.Unlock()
+	s.StopScrub()
 	if s.log != nil {
 		// A checkpoint, and who asks for one, waits for a commit that will not come.
 		closed := fmt.Errorf("%w", ErrClosed)

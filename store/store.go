@@ -160,6 +160,8 @@ type Store struct {
 	}
 	checkpoints sync.WaitGroup
 
+	scrub scrub
+
 	recovery Recovery
 	metrics  struct {
 		reads, readBytes, corrupt, commits, syncs, checkpoints atomic.Uint64
@@ -576,12 +578,15 @@ func (s *Store) ReadBlob(dst []byte, a extents.Addr) error {
 	return s.readBlob(dst, blobRef{a.Segment, a.Offset, a.Length, a.Checksum})
 }
 
-func (s *Store) readBlob(dst []byte, ref blobRef) error {
+func (s *Store) readBlob(dst []byte, ref blobRef) error { return s.readBlobFrom(s.file, dst, ref) }
+
+// readBlobFrom is readBlob from another reader of the file.
+func (s *Store) readBlobFrom(f io.ReaderAt, dst []byte, ref blobRef) error {
 	if uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) || ref.segment >= s.segments.total {
 		return fmt.Errorf("store: place %d+%d of segment %d is outside of it: %w", ref.offset, ref.length, ref.segment, ErrCorrupt)
 	}
 	off := s.segments.base(ref.segment) + int64(ref.offset)
-	n, err := s.file.ReadAt(dst[:ref.length], off)
+	n, err := f.ReadAt(dst[:ref.length], off)
 	if n < int(ref.length) && err != nil && !errors.Is(err, io.EOF) {
 		return fmt.Errorf("store: read %d bytes at %d of segment %d: %w", ref.length, ref.offset, ref.segment, err)
 	}

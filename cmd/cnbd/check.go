@@ -12,17 +12,21 @@ import (
 	"github.com/spf13/cobra"
 
 	"cnbd/config"
+	"cnbd/internal/block"
 	"cnbd/internal/disk"
 	"cnbd/store"
 )
 
 func newCheck() *cobra.Command {
 	var data, asJSON, repairs, yes bool
+	rate := 64 * config.MiB
 	cmd := &cobra.Command{
 		Use:   "check BACKING",
 		Short: "Prove that a store is whole",
 		Long: "Read the map, the accounting and the log of the store in BACKING, and with --data every stored\n" +
-			"byte, and verify all checksums. Nothing is changed. The store must not be served meanwhile.\n\n" +
+			"byte, and verify all checksums. Nothing is changed. The store must not be served meanwhile,\n" +
+			"but with --data: then its server verifies map and data in the background, within --rate, as far as they\n" +
+			"are in the newest checkpoint.\n\n" +
 			"--repair makes a store that was found damaged one that opens again: it takes the newest commit whose\n" +
 			"state is whole, says what it cannot save, and asks. Damaged data stays as it is, and reads as an error." + exitHelp,
 		Args: oneBacking,
@@ -36,11 +40,12 @@ func newCheck() *cobra.Command {
 			if yes {
 				return usage(errors.New("--yes goes with --repair"))
 			}
-			return check(cmd, args[0], data, asJSON)
+			return check(cmd, args[0], data, asJSON, rate)
 		},
 	}
 	cmd.Flags().BoolVar(&data, "data", false, "verify the data too, which reads all of the store")
 	cmd.Flags().BoolVar(&asJSON, "json", false, "print the report as JSON")
+	cmd.Flags().TextVar(&rate, "rate", rate, "`SIZE` that the server reads in a second at most, with --data and a store that is served; 0 is no limit")
 	cmd.Flags().BoolVar(&repairs, "repair", false, "make a damaged store one that opens again, after asking")
 	cmd.Flags().BoolVar(&yes, "yes", false, "do not ask before the repair")
 	return cmd
@@ -53,13 +58,24 @@ type checkReport struct {
 	Lost []byteRange `json:"lost"`
 }
 
+func byteRanges(rs []block.Range) []byteRange {
+	out := make([]byteRange, 0, len(rs))
+	for _, r := range rs {
+		out = append(out, byteRange{r.Start.Bytes(), r.Len().Bytes()})
+	}
+	return out
+}
+
 type byteRange struct {
 	Offset uint64 `json:"offset"`
 	Length uint64 `json:"length"`
 }
 
-func check(cmd *cobra.Command, path string, data, asJSON bool) error {
+func check(cmd *cobra.Command, path string, data, asJSON bool, rate config.Size) error {
 	f, err := disk.Open(path, disk.OpenOptions{ReadOnly: true})
+	if data && errors.Is(err, disk.ErrLocked) {
+		return askScrub(cmd, path, asJSON, rate)
+	}
 	if err != nil {
 		return inUse(path, err)
 	}
@@ -67,10 +83,7 @@ func check(cmd *cobra.Command, path string, data, asJSON bool) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
-	out := checkReport{CheckReport: rep, Lost: []byteRange{}}
-	for _, r := range rep.Lost {
-		out.Lost = append(out.Lost, byteRange{r.Start.Bytes(), r.Len().Bytes()})
-	}
+	out := checkReport{CheckReport: rep, Lost: byteRanges(rep.Lost)}
 	w := cmd.OutOrStdout()
 	if asJSON {
 		if err := printJSON(w, out); err != nil {
@@ -123,12 +136,7 @@ func repair(cmd *cobra.Command, path string, yes bool) error {
 }
 
 func printRepair(w io.Writer, r *store.RepairReport) {
-	for _, p := range r.Problems {
-		fmt.Fprintln(w, p)
-	}
-	if r.More > 0 {
-		fmt.Fprintf(w, "and %d more\n", r.More)
-	}
+	printProblems(w, r.Problems, r.More)
 	if r.GivenUp > 0 {
 		fmt.Fprintf(w, "The device will have the state of commit %d. The %d commits after it are given up.\n", r.Epoch, r.GivenUp)
 		for _, c := range r.Changed {
@@ -138,21 +146,27 @@ func printRepair(w io.Writer, r *store.RepairReport) {
 			fmt.Fprintf(w, "older contents: unknown places, in %d bytes of log that cannot be read\n", r.Unread)
 		}
 	}
-	for _, l := range r.Lost {
-		fmt.Fprintf(w, "lost: %d bytes of the device at %d\n", l.Len().Bytes(), l.Start.Bytes())
+	printLost(w, byteRanges(r.Lost))
+}
+
+func printProblems(w io.Writer, problems []string, more int) {
+	for _, p := range problems {
+		fmt.Fprintln(w, p)
+	}
+	if more > 0 {
+		fmt.Fprintf(w, "and %d more\n", more)
+	}
+}
+
+func printLost(w io.Writer, lost []byteRange) {
+	for _, l := range lost {
+		fmt.Fprintf(w, "lost: %d bytes of the device at %d\n", l.Length, l.Offset)
 	}
 }
 
 func printCheck(w io.Writer, r *checkReport, data bool) error {
-	for _, p := range r.Problems {
-		fmt.Fprintln(w, p)
-	}
-	if r.More > 0 {
-		fmt.Fprintf(w, "and %d more\n", r.More)
-	}
-	for _, l := range r.Lost {
-		fmt.Fprintf(w, "lost: %d bytes of the device at %d\n", l.Length, l.Offset)
-	}
+	printProblems(w, r.Problems, r.More)
+	printLost(w, r.Lost)
 	what := "clean"
 	if !r.Clean {
 		what = "damaged"

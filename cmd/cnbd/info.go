@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"text/tabwriter"
+	"time"
 
 	"github.com/spf13/cobra"
 
@@ -105,6 +106,13 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 	row("codec", "%s, extents of %s", st.Codec, config.Size(st.ExtentSize))
 	if st.Served {
 		row("not yet stored", "%s", size(st.DirtyBytes))
+	}
+	if c := st.Scrub; c != nil {
+		state := "since " + c.Began.Format(time.DateTime)
+		if !c.Running {
+			state = c.Ended.Format(time.DateTime)
+		}
+		row("scrub", "%s: %d stored extents verified, %d problems", state, c.Blobs, len(c.Problems)+c.More)
 	}
 	row("last start", "epoch %d, replayed %d records, %s of log", st.Recovery.Epoch, st.Recovery.Records, size(st.Recovery.Bytes))
 	switch {

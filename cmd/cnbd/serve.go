@@ -395,6 +395,9 @@ func (s *serving) open(v *served) (err error) {
 			Compact: func(ctx context.Context, progress func(dead, live uint64)) (any, error) {
 				return compactDevice(ctx, v.device, progress)
 			},
+			StartScrub: v.device.StartScrub,
+			StopScrub:  v.device.StopScrub,
+			Scrub:      func() any { return v.device.Scrub() },
 		})
 		v.socket = nil
 	}

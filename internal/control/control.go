@@ -8,6 +8,10 @@
 //	POST /v1/compact   200 and lines {"dead": bytes, "live": bytes}, and at the end
 //	                   {"done": …} or {"error": "in words"}; the client ends it by
 //	                   closing the connection
+//	POST /v1/scrub?rate=BYTES
+//	                   a scrub is begun that reads so much in a second at most (0: no
+//	                   limit); GET tells of the newest, DELETE ends it: 200 and how
+//	                   it is with it, null if there was none
 //
 // Else the answer is an error status and {"error": "in words"}; 400 says that what
 // was asked for cannot be meant.
@@ -51,6 +55,7 @@ const (
 	statusPath  = "/v1/status"
 	resizePath  = "/v1/resize"
 	compactPath = "/v1/compact"
+	scrubPath   = "/v1/scrub"
 )
 
 // ErrRefused is wrapped by errors that say that what was asked for cannot be
@@ -68,6 +73,11 @@ type Handlers struct {
 	// Compact cleans until nothing is left to clean, and reports how far it is,
 	// from any goroutine, as often as it likes.
 	Compact func(ctx context.Context, progress func(dead, live uint64)) (any, error)
+	// StartScrub begins a scrub that reads rate bytes in a second at most, StopScrub
+	// ends it, and Scrub tells how it is with the newest.
+	StartScrub func(rate uint64) error
+	StopScrub  func()
+	Scrub      func() any
 }
 
 // A ResizeRequest is a wish for another size.
@@ -85,13 +95,13 @@ type Server struct {
 	served   chan struct{} // closed when the accept loop has ended
 
 	// Of capacity 1: held while the function of that name runs.
-	status, resize, compact chan struct{}
+	status, resize, compact, scrub chan struct{}
 }
 
 // Serve starts to answer on l, which it owns from now on.
 func Serve(l net.Listener, h Handlers) *Server {
 	turn := func() chan struct{} { return make(chan struct{}, 1) }
-	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn()}
+	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn(), scrub: turn()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	limited := func(f http.HandlerFunc) http.Handler {
@@ -100,6 +110,7 @@ func Serve(l net.Listener, h Handlers) *Server {
 	mux.Handle("GET "+statusPath, limited(s.answerStatus))
 	mux.Handle("POST "+resizePath, limited(s.answerResize))
 	mux.HandleFunc("POST "+compactPath, s.answerCompact)
+	mux.Handle(scrubPath, limited(s.answerScrub))
 	s.http = &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: requestTimeout,
@@ -141,6 +152,27 @@ func (s *Server) answerResize(w http.ResponseWriter, r *http.Request) {
 			return nil, err
 		}
 		return s.handlers.Resize(ctx, ResizeRequest{size, capacity})
+	})
+}
+
+func (s *Server) answerScrub(w http.ResponseWriter, r *http.Request) {
+	answer(w, r, s.scrub, func(context.Context) (any, error) {
+		switch r.Method {
+		case http.MethodGet:
+		case http.MethodPost:
+			rate, err := strconv.ParseUint(r.FormValue("rate"), 10, 64)
+			if err != nil {
+				return nil, fmt.Errorf("%w: rate: %w", ErrRefused, err)
+			}
+			if err := s.handlers.StartScrub(rate); err != nil {
+				return nil, err
+			}
+		case http.MethodDelete:
+			s.handlers.StopScrub()
+		default:
+			return nil, fmt.Errorf("%w: method %s", ErrRefused, r.Method)
+		}
+		return s.handlers.Scrub(), nil
 	})
 }
 
@@ -243,7 +275,7 @@ func (s *Server) Close() error {
 		err = s.http.Close()
 	}
 	<-s.served
-	for _, turn := range []chan struct{}{s.status, s.resize, s.compact} {
+	for _, turn := range []chan struct{}{s.status, s.resize, s.compact, s.scrub} {
 		turn <- struct{}{} // never given back: its holder was the last
 	}
 	return err
@@ -285,6 +317,26 @@ func Compact(ctx context.Context, socket string, progress func(dead, live uint64
 			progress(l.Dead, l.Live)
 		}
 	})
+}
+
+// StartScrub has the server at the unix socket begin a scrub, and decodes how it is
+// with it into the value that v points to. It blocks, and fails, as Status does.
+func StartScrub(ctx context.Context, socket string, rate uint64, v any) error {
+	return askScrub(ctx, socket, http.MethodPost, fmt.Sprintf("%s?rate=%d", scrubPath, rate), v)
+}
+
+// Scrub asks how it is with the newest scrub; else it is as StartScrub.
+func Scrub(ctx context.Context, socket string, v any) error {
+	return askScrub(ctx, socket, http.MethodGet, scrubPath, v)
+}
+
+// StopScrub has the scrub ended that is running; else it is as StartScrub.
+func StopScrub(ctx context.Context, socket string, v any) error {
+	return askScrub(ctx, socket, http.MethodDelete, scrubPath, v)
+}
+
+func askScrub(ctx context.Context, socket, method, path string, v any) error {
+	return ask(ctx, socket, method, path, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
 }
 
 // ask sends one request and has take read the body of a good answer. A limit of 0

@@ -72,6 +72,9 @@ func openDirect(f *osFile) (*directReader, error) {
 	return d, nil
 }
 
+// Close ends the reader. Reads in flight fail with fs.ErrClosed.
+func (d *directReader) Close() error { return d.file.Close() }
+
 // ReadAt is io.ReaderAt. It waits for a free bounce buffer.
 func (d *directReader) ReadAt(p []byte, off int64) (n int, err error) {
 	if off < 0 {

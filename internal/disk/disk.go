@@ -4,6 +4,14 @@
 // under it (package disktest).
 package disk
 
+import "io"
+
+// A MediumReader is what File.Medium returns. ReadAt may be called concurrently.
+type MediumReader interface {
+	io.ReaderAt
+	io.Closer
+}
+
 // A File is the backing medium of a store. All methods may be called
 // concurrently; overlapping writes are the caller's mistake.
 //
@@ -28,6 +36,11 @@ type File interface {
 	// page cache (rule R5). The caller has called Sync before. An error says
 	// that this could not be ensured.
 	DropCache() error
+
+	// Medium returns a reader of what the medium holds, past the host's page
+	// cache where the host can do that, beside all other methods. The caller
+	// closes it before the File. It waits for others that read by it.
+	Medium() (MediumReader, error)
 
 	// Allocate ensures that the bytes [off, off+n) have space on the medium, as
 	// fallocate(2) mode 0 does; it extends the size. On a block device, or where

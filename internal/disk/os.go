@@ -3,6 +3,7 @@ package disk
 import (
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"sync/atomic"
@@ -234,6 +235,18 @@ func (f *osFile) DropCache() error {
 		return nil
 	})
 }
+
+func (f *osFile) Medium() (MediumReader, error) {
+	if d, err := openDirect(f); err == nil {
+		return d, nil
+	}
+	return cachedReader{f.file}, nil
+}
+
+// A cachedReader reads by way of the page cache.
+type cachedReader struct{ io.ReaderAt }
+
+func (cachedReader) Close() error { return nil }
 
 // setDirect replaces the direct reader; reads in flight on the old one finish.
 func (f *osFile) setDirect(d *directReader) {

@@ -301,6 +301,38 @@ func (d *Disk) DropCache() error {
 	return nil
 }
 
+// Medium implements disk.File: its reads show the medium and what is pending, as
+// those behind DropCache do.
+func (d *Disk) Medium() (disk.MediumReader, error) { return mediumReader{d}, nil }
+
+type mediumReader struct{ d *Disk }
+
+func (m mediumReader) Close() error { return nil }
+
+func (m mediumReader) ReadAt(p []byte, off int64) (int, error) {
+	d := m.d
+	n := int64(len(p))
+	if err := d.begin(Op{Read, off, n}); err != nil {
+		return 0, err
+	}
+	defer d.mu.Unlock()
+	d.counts.Reads++
+	if f := d.faultLocked(Read, off, n); f != nil {
+		return 0, f.error("read", off)
+	}
+	img := d.medium.img.clone()
+	for _, o := range d.medium.pending {
+		img.apply(o)
+	}
+	n = max(0, min(n, img.size-off))
+	img.read(p[:n], off)
+	d.counts.BytesRead += n
+	if n < int64(len(p)) {
+		return int(n), io.EOF
+	}
+	return int(n), nil
+}
+
 // Allocate implements disk.File.
 func (d *Disk) Allocate(off, n int64) error {
 	if off < 0 || n < 0 {
