@@ -5,39 +5,53 @@ import "sync/atomic"
 // Metrics is a snapshot of what a [Server] has done and is doing. Each number
 // is exact; they are not of one instant.
 type Metrics struct {
-	Connections          int    // open
-	ConnectionsMax       int    // the bound of Connections
-	ConnectionsTotal     uint64 // let in
-	ConnectionsRefused   uint64 // not let in
-	ConnectionsDisplaced uint64 // ended in the handshake to make room for others
-	HandshakesFailed     uint64
-	ConnectionsStalled   uint64 // cut off for taking too long, handshakes included
-	ConnectionsIdle      uint64 // cut off for wanting nothing
-	TLSFailed            uint64 // of HandshakesFailed, in TLS: no certificate, a wrong one, another protocol
-	TLSMissing           uint64 // options refused since they came without TLS
-	ListsRefused         uint64 // since listing is off
-	ExportsUnknown       uint64 // asked for and not there
-	ExportsForbidden     uint64 // refused to clients that they are not for
-	ExportsUnavailable   uint64 // could not be opened
-	ExportsFull          uint64 // refused since they had enough clients
+	Connections          int    `json:"connections"`           // open
+	ConnectionsMax       int    `json:"connections_max"`       // the bound of Connections
+	ConnectionsTotal     uint64 `json:"connections_total"`     // let in
+	ConnectionsRefused   uint64 `json:"connections_refused"`   // not let in
+	ConnectionsDisplaced uint64 `json:"connections_displaced"` // ended in the handshake to make room for others
+	HandshakesFailed     uint64 `json:"handshakes_failed"`
+	ConnectionsStalled   uint64 `json:"connections_stalled"` // cut off for taking too long, handshakes included
+	ConnectionsIdle      uint64 `json:"connections_idle"`    // cut off for wanting nothing
+	TLSFailed            uint64 `json:"tls_failed"`          // of HandshakesFailed, in TLS: no certificate, a wrong one, another protocol
+	TLSMissing           uint64 `json:"tls_missing"`         // options refused since they came without TLS
+	ListsRefused         uint64 `json:"lists_refused"`       // since listing is off
+	ExportsUnknown       uint64 `json:"exports_unknown"`     // asked for and not there
+	ExportsForbidden     uint64 `json:"exports_forbidden"`   // refused to clients that they are not for
+	ExportsUnavailable   uint64 `json:"exports_unavailable"` // could not be opened
+	ExportsFull          uint64 `json:"exports_full"`        // refused since they had enough clients
 
-	RequestsInFlight int64 // admitted, reply not yet sent; over all connections
-	RequestsMax      int   // the bound for each connection
+	RequestsInFlight int64 `json:"requests_in_flight"` // admitted, reply not yet sent; over all connections
+	RequestsMax      int   `json:"requests_max"`       // the bound for each connection
 
-	BytesInFlight uint64 // what requests in flight count for, payload above all; over all connections
-	BytesMax      uint64 // the bound of BytesInFlight
+	BytesInFlight uint64 `json:"bytes_in_flight"` // what requests in flight count for, payload above all; over all connections
+	BytesMax      uint64 `json:"bytes_max"`       // the bound of BytesInFlight
 
-	Read, Write, Flush, Trim, Cache, WriteZeroes, BlockStatus, Unknown CommandMetrics
+	Read        CommandMetrics `json:"read"`
+	Write       CommandMetrics `json:"write"`
+	Flush       CommandMetrics `json:"flush"`
+	Trim        CommandMetrics `json:"trim"`
+	Cache       CommandMetrics `json:"cache"`
+	WriteZeroes CommandMetrics `json:"write_zeroes"`
+	BlockStatus CommandMetrics `json:"block_status"`
+	Unknown     CommandMetrics `json:"unknown"`
 
 	// Errors are the errors answered, by number.
-	Errors map[Errno]uint64
+	Errors map[Errno]uint64 `json:"errors"`
+}
+
+// Refusals is how many times clients did not get what they asked for, before any
+// request.
+func (m *Metrics) Refusals() uint64 {
+	return m.ConnectionsRefused + m.ConnectionsDisplaced + m.TLSFailed + m.TLSMissing + m.ListsRefused +
+		m.ExportsUnknown + m.ExportsForbidden + m.ExportsUnavailable + m.ExportsFull
 }
 
 // CommandMetrics count the requests of one command that have been answered.
 type CommandMetrics struct {
-	Requests uint64 // errors included
-	Errors   uint64
-	Bytes    uint64 // lengths of those that succeeded
+	Requests uint64 `json:"requests"` // errors included
+	Errors   uint64 `json:"errors"`
+	Bytes    uint64 `json:"bytes"` // lengths of those that succeeded
 }
 
 // counters are the server's live numbers, written without a lock.

@@ -102,6 +102,12 @@ exports:
 		t.Fatal(err)
 	}
 	c.Close()
+	if info := do(t, binary, "info", dir+"/a"); !strings.Contains(info, "1 of at most 128, for all exports of the server; ") {
+		t.Errorf("info: %s", info)
+	}
+	if info := do(t, binary, "info", "--json", dir+"/a"); !strings.Contains(info, `"exports_forbidden": 2`) || !strings.Contains(info, `"tls_failed": 1`) {
+		t.Errorf("info: %s", info)
+	}
 	if log := s.log.String(); !strings.Contains(log, "cannot be used, the ones before are") || !strings.Contains(log, `"client":"alice"`) {
 		t.Errorf("log: %s", log)
 	}

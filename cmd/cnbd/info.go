@@ -14,6 +14,7 @@ import (
 	"cnbd/device"
 	"cnbd/internal/control"
 	"cnbd/internal/disk"
+	"cnbd/nbd"
 	"cnbd/store"
 )
 
@@ -50,6 +51,8 @@ type storeStatus struct {
 	device.Status
 	// Served tells that a server has the store and was asked.
 	Served bool `json:"served"`
+	// Server is what that server does, for all of its exports.
+	Server *nbd.Metrics `json:"server,omitempty"`
 }
 
 // status reads the store at path, or asks its server. warn is told what an
@@ -104,6 +107,9 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 	row("on the host", "%s", size(s.HostBytes))
 	row("capacity", "%s: %s in use, %s free", size(st.Capacity), size(s.UsedBytes), size(s.FreeBytes))
 	row("codec", "%s, extents of %s", st.Codec, config.Size(st.ExtentSize))
+	if m := st.Server; m != nil {
+		row("clients", "%d of at most %d, for all exports of the server; %d refusals since it started", m.Connections, m.ConnectionsMax, m.Refusals())
+	}
 	if st.Served {
 		row("not yet stored", "%s", size(st.DirtyBytes))
 	}

@@ -131,6 +131,10 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 			Open: func(ctx context.Context) (nbd.Backend, error) { return s.backend(ctx, v) },
 		})
 	}
+	var err error
+	if s.server, err = nbd.NewServer(opts); err != nil {
+		return err
+	}
 	// What cannot be opened at the start is tried again when a client asks for it.
 	var failed []error
 	try := func(f func(v *served) error) error {
@@ -156,10 +160,6 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 		return err
 	}
 	if err := try(s.open); err != nil {
-		return err
-	}
-	var err error
-	if s.server, err = nbd.NewServer(opts); err != nil {
 		return err
 	}
 	broken := make(chan error, len(s.listeners))
@@ -390,7 +390,8 @@ func (s *serving) open(v *served) (err error) {
 		v.control = control.Serve(v.socket, control.Handlers{
 			Status: func(ctx context.Context) (any, error) {
 				st, err := v.device.Status(ctx)
-				return &storeStatus{Status: st, Served: true}, err
+				m := s.server.Metrics()
+				return &storeStatus{Status: st, Served: true, Server: &m}, err
 			},
 			Compact: func(ctx context.Context, progress func(dead, live uint64)) (any, error) {
 				return compactDevice(ctx, v.device, progress)
