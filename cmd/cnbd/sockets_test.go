@@ -183,3 +183,70 @@ func TestExitWithParent(t *testing.T) {
 	}
 	s.stop(t)
 }
+
+// TestOwnUser: the server needs no privileges, and what it makes is closed to others.
+func TestOwnUser(t *testing.T) {
+	needRoot(t)
+	setpriv := tool(t, "setpriv")
+	dir, err := os.MkdirTemp("", "cnbd-own-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(dir)
+	for _, err := range []error{os.Chmod(dir, 0o755), os.Chown(dir, 65534, 65534)} {
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	as := func(id string, args ...string) []string {
+		return append([]string{"--reuid", id, "--regid", id, "--clear-groups", "--no-new-privs", "--bounding-set", "-all", "--inh-caps", "-all"}, args...)
+	}
+	cmd := exec.Command(setpriv, as("65534", binary, "serve", "--size=64MiB", dir+"/disk")...)
+	var log lockedBuffer
+	cmd.Stderr = &log
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	stdout, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer cmd.Process.Kill()
+	uri, err := bufio.NewReader(stdout).ReadString('\n')
+	if err != nil {
+		t.Fatalf("%v\n%s", err, &log)
+	}
+	for _, name := range []string{"disk", "disk.sock", "disk.control"} {
+		info, err := os.Stat(dir + "/" + name)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st := info.Sys().(*syscall.Stat_t); st.Uid != 65534 || info.Mode().Perm() != 0o600 {
+			t.Errorf("%s belongs to %d, mode %v", name, st.Uid, info.Mode())
+		}
+	}
+	c, err := nbd.Dial(t.Context(), strings.TrimSpace(uri)) // root may
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := c.WriteAt(t.Context(), []byte{1}, 0, true); err != nil {
+		t.Error(err)
+	}
+	c.Close()
+	nbdinfo := tool(t, "nbdinfo")
+	if r := try(t, setpriv, as("65534", nbdinfo, strings.TrimSpace(uri))...); r.status != 0 {
+		t.Errorf("its own user: %s", r.stderr)
+	}
+	for _, args := range [][]string{{nbdinfo, strings.TrimSpace(uri)}, {binary, "info", dir + "/disk"}, {"cat", dir + "/disk"}} {
+		if r := try(t, setpriv, as("65533", args...)...); r.status == 0 || !strings.Contains(r.stderr, "ermission denied") {
+			t.Errorf("another user, %q: status %d: %s", args, r.status, r.stderr)
+		}
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v\n%s", err, &log)
+	}
+}
