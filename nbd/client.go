@@ -37,6 +37,8 @@ type Client struct {
 	id      uint32 // its number
 	size    uint64
 	flags   TransmissionFlags
+	about   string // description, for people
+	sizes   BlockSizes
 	lenMin  uint32        // what offsets and lengths are multiples of; a power of two
 	lenMax  uint32        // of READ and WRITE
 	stopped chan struct{} // closed when receive has ended
@@ -194,7 +196,7 @@ func (c *Client) negotiate(export string, config *tls.Config) error {
 			return err
 		}
 		found := false
-		err := c.ask(optGo, appendInfoQuery(nil, export, infoBlockSize), func(r optReply, data []byte) error {
+		err := c.ask(optGo, appendInfoQuery(nil, export, infoDescription, infoBlockSize), func(r optReply, data []byte) error {
 			if r != repInfo || len(data) < 2 {
 				return nil
 			}
@@ -203,8 +205,11 @@ func (c *Client) negotiate(export string, config *tls.Config) error {
 				c.size = binary.BigEndian.Uint64(data)
 				c.flags = TransmissionFlags(binary.BigEndian.Uint16(data[8:]))
 				found = true
+			case kind == infoDescription:
+				c.about = string(data)
 			case kind == infoBlockSize && len(data) == 12:
 				least, most := binary.BigEndian.Uint32(data), binary.BigEndian.Uint32(data[8:])
+				c.sizes = BlockSizes{least, binary.BigEndian.Uint32(data[4:]), most}
 				if least == 0 || least > 64<<10 || least&(least-1) != 0 || most < least {
 					return fmt.Errorf("block sizes from %d to %d", least, most)
 				}
@@ -360,6 +365,20 @@ func (c *Client) Size() uint64 { return c.size }
 
 // Flags tell what the export can do.
 func (c *Client) Flags() TransmissionFlags { return c.flags }
+
+// Description is what the server says of the export to people; may be empty.
+func (c *Client) Description() string { return c.about }
+
+// BlockSizes are what a server tells of the lengths that it takes, in bytes; zero if
+// it tells nothing.
+type BlockSizes struct {
+	Minimum   uint32 // offsets and lengths are multiples of it
+	Preferred uint32
+	Maximum   uint32 // of READ and WRITE
+}
+
+// BlockSizes are the server's.
+func (c *Client) BlockSizes() BlockSizes { return c.sizes }
 
 // Replies is the form of messages that was agreed on.
 func (c *Client) Replies() ReplyMode { return c.mode }

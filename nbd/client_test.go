@@ -30,6 +30,9 @@ func TestClientNegotiates(t *testing.T) {
 	if c.Size() != 8192 || c.Flags()&FlagReadOnly == 0 || c.Flags()&FlagSendTrim != 0 {
 		t.Errorf("size %d, flags %#x", c.Size(), c.Flags())
 	}
+	if c.Description() != "odd" || c.BlockSizes() != (BlockSizes{1, 4096, 32 << 20}) || c.Replies() != ExtendedHeaders {
+		t.Errorf("description %q, %+v, %v", c.Description(), c.BlockSizes(), c.Replies())
+	}
 	if _, err := Dial(t.Context(), s.uri("nope")); !errors.Is(err, errOption(repErrUnknown)) {
 		t.Errorf("an unknown export: %v", err)
 	}

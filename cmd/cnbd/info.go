@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 	"time"
 
@@ -21,12 +22,17 @@ import (
 func newInfo() *cobra.Command {
 	var asJSON bool
 	cmd := &cobra.Command{
-		Use:   "info BACKING",
-		Short: "Show sizes, ratio and health of a store",
+		Use:   "info BACKING|URI",
+		Short: "Show sizes, ratio and health of a store, or what an NBD export offers",
 		Long: "Show what the store in BACKING holds, what that takes, and how it is. The store may be served:\n" +
-			"its server is asked then." + exitHelp,
+			"its server is asked then.\n\n" +
+			"Of an NBD URI, such as nbd://host/name or nbd+unix:///name?socket=PATH, show what the export\n" +
+			"offers, whoever serves it, and how much of it is data." + exitHelp,
 		Args: oneBacking,
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if strings.Contains(args[0], "://") {
+				return exportInfo(cmd.Context(), cmd.OutOrStdout(), args[0], asJSON)
+			}
 			st, err := status(cmd.Context(), args[0], warner(cmd, args[0]))
 			if err != nil {
 				return err

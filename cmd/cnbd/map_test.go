@@ -7,6 +7,7 @@ import (
 	"encoding/json"
 	"math/rand/v2"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"cnbd/internal/disktest"
@@ -119,5 +120,40 @@ func TestMap(t *testing.T) {
 		if !bytes.Equal(got, model) {
 			t.Fatal("read differs")
 		}
+	}
+}
+
+// TestInfoOfExport: cnbd info of a URI tells what the server of it offers, be it
+// cnbd or another.
+func TestInfoOfExport(t *testing.T) {
+	s := serve(t, "--size", "40MiB", "--export", "a b", filepath.Join(t.TempDir(), "store"))
+	c, err := nbd.Dial(t.Context(), s.uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	page := bytes.Repeat([]byte{1}, 4096)
+	for _, off := range []uint64{0, 8192, 1 << 20} {
+		if err := c.WriteAt(t.Context(), page, off, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var st exportStatus
+	if err := json.Unmarshal([]byte(do(t, binary, "info", "--json", s.uri)), &st); err != nil {
+		t.Fatal(err)
+	}
+	if st.Size != 40<<20 || st.ReadOnly || st.DataBytes != 3*4096 || st.HoleBytes != 40<<20-3*4096 || st.Extents != 6 ||
+		st.MinimumBlock != 1 || st.MaximumBlock != 32<<20 || len(st.Can) != len(exportAbilities) {
+		t.Errorf("%+v", st)
+	}
+	if out := do(t, binary, "info", s.uri); !strings.Contains(out, "12 KiB (12288 bytes)") || !strings.Contains(out, "extended headers") {
+		t.Errorf("%s", out)
+	}
+	if r := try(t, binary, "info", strings.Replace(s.uri, "a%20b", "none", 1)); r.status != 1 || !strings.Contains(r.stderr, "no such export") {
+		t.Errorf("of an export that is not there: %+v", r)
+	}
+	out := do(t, tool(t, "nbdkit"), "-U", "-", "--run", "'"+binary+"' info \"$uri\"", "memory", "1M")
+	if !strings.Contains(out, "1 MiB (1048576 bytes)") || !strings.Contains(out, "structured replies") {
+		t.Errorf("nbdkit: %s", out)
 	}
 }
