@@ -13,6 +13,7 @@ import (
 	"sync"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"cnbd/delalloc"
@@ -794,6 +795,54 @@ func TestCommitIsOneWriteAndOneSync(t *testing.T) {
 			t.Errorf("commit %d: %d writes and %d syncs, want 1 and 1", i, c.Writes, c.Syncs)
 		}
 	}
+}
+
+// TestFlushesShareACommit: flushes that come while a commit is synced are answered
+// together, by one write and one sync.
+func TestFlushesShareACommit(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const clients = 32
+		f := disktest.New(1, disktest.Options{})
+		format(t, f, testGeometry(4<<20, compression.Zstd))
+		d := open(t, f, Options{CacheBytes: 8 << 20, Workers: 2, CommitInterval: 1000 * time.Hour, WritebackPeriod: 1000 * time.Hour, DirtyExpire: 1000 * time.Hour})
+		before := f.Counts()
+		syncing, proceed := make(chan struct{}), make(chan struct{})
+		var once sync.Once
+		f.SetHook(func(o disktest.Op) {
+			if o.Kind == disktest.Sync {
+				once.Do(func() {
+					close(syncing)
+					<-proceed
+				})
+			}
+		})
+		var wg sync.WaitGroup
+		flush := func(i int) {
+			wg.Go(func() {
+				if _, err := d.WriteAt([]byte{1, byte(i)}, int64(i)*block.Size); err != nil {
+					t.Error(err)
+				}
+				if err := d.Sync(); err != nil {
+					t.Error(err)
+				}
+			})
+		}
+		flush(0)
+		<-syncing
+		for i := range clients {
+			flush(i + 1)
+		}
+		synctest.Wait() // until all of them wait
+		close(proceed)
+		wg.Wait()
+		if c := f.Counts().Sub(before); c.Syncs != 2 || c.Writes != 2 {
+			t.Errorf("%d flushes at once cost %d writes and %d syncs, want 1 and 1 behind those of the first", clients, c.Writes-1, c.Syncs-1)
+		}
+		f.SetHook(nil)
+		if err := d.Close(); err != nil {
+			t.Error(err)
+		}
+	})
 }
 
 // TestFailedSync: after a failed sync nothing is acknowledged any more, reads go

@@ -10,7 +10,7 @@ set -u
 tools=(
 	nbdinfo=libnbd-bin nbdcopy=libnbd-bin nbdfuse=libnbd-bin nbdsh=python3-libnbd
 	qemu-img=qemu-utils qemu-io=qemu-utils qemu-nbd=qemu-utils
-	nbdkit=nbdkit nbd-client=nbd-client fio=fio
+	nbdkit=nbdkit nbd-client=nbd-client fio=fio strace=strace
 	mkfs.ext4=e2fsprogs e2fsck=e2fsprogs debugfs=e2fsprogs
 	mkfs.xfs=xfsprogs xfs_repair=xfsprogs mkfs.btrfs=btrfs-progs btrfs=btrfs-progs
 	losetup=mount mount=mount umount=mount fstrim=util-linux fallocate=util-linux setpriv=util-linux

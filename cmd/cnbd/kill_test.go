@@ -73,7 +73,7 @@ func TestKill(t *testing.T) {
 			t.Fatal(err)
 		}
 		client.Close()
-		if err := killLoad(t.Context(), s, history, rng); err != nil {
+		if err := load(t.Context(), s, history, rng, s.kill); err != nil {
 			t.Fatalf("cycle %d: %v\nlog of the server:\n%s", cycle, err, s.log)
 		}
 		requests += history.Ops()
@@ -81,6 +81,49 @@ func TestKill(t *testing.T) {
 	}
 	do(t, binary, "check", "--data", path)
 	t.Logf("%d kills under load and %d while starting, %d requests; one cut explains each", kills, early, requests)
+}
+
+// TestTerminate ends the server with SIGTERM under the same load. It exits with
+// status 0, and nothing that was answered is lost, flushed or not (promise P10).
+func TestTerminate(t *testing.T) {
+	seed := disktest.Seed(t)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	path := filepath.Join(t.TempDir(), "disk.cnbd")
+	do(t, binary, "create", "--size", fmt.Sprint(killBlocks*block.Size), "--capacity", "1GiB", path)
+	history := disktest.NewCutLog(disktest.CutOptions{Seed: seed, Blocks: killBlocks})
+	requests, longest := 0, time.Duration(0)
+	cycles := 5 * disktest.Scale(t)
+	for cycle := range cycles {
+		// Nothing is written or committed by itself: all of it is dirty at the end.
+		s, err := start("--cache", "128MiB", "--commit-interval", "1h", "--writeback-expire", "1h", path)
+		if err != nil {
+			t.Fatalf("cycle %d: %v", cycle, err)
+		}
+		client, err := nbd.Dial(t.Context(), s.uri)
+		if err != nil {
+			t.Fatal(err)
+		}
+		device := clientReader{client}
+		if err := history.Check(device); err != nil {
+			t.Fatalf("cycle %d: %v\nlog of the server:\n%s", cycle, err, s.log)
+		}
+		if err := history.Restart(device); err != nil {
+			t.Fatal(err)
+		}
+		client.Close()
+		if err := load(t.Context(), s, history, rng, func() {
+			began := time.Now()
+			s.stop(t)
+			longest = max(longest, time.Since(began))
+		}); err != nil {
+			t.Fatalf("cycle %d: %v\nlog of the server:\n%s", cycle, err, s.log)
+		}
+		// The clean stop is a flush of all that was answered.
+		history.Answer(history.Send(0, disktest.VerbFlush, block.Range{}, false))
+		requests += history.Ops()
+	}
+	do(t, binary, "check", "--data", path)
+	t.Logf("%d stops under load, %d requests, none lost; the longest stop took %v", cycles, requests, longest.Round(time.Millisecond))
 }
 
 // clientReader reads the device behind a client as io.ReaderAt.
@@ -93,9 +136,9 @@ func (r clientReader) ReadAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
-// killLoad keeps requests in flight on all connections, and kills the server
-// in the middle of it.
-func killLoad(ctx context.Context, s *server, history *disktest.CutLog, rng *rand.Rand) error {
+// load keeps requests in flight on all connections, and ends the server with end in
+// the middle of it.
+func load(ctx context.Context, s *server, history *disktest.CutLog, rng *rand.Rand, end func()) error {
 	var wg sync.WaitGroup
 	var clients []*nbd.Client
 	for range killConnections {
@@ -121,7 +164,7 @@ func killLoad(ctx context.Context, s *server, history *disktest.CutLog, rng *ran
 					default:
 					}
 					if err := killRequest(ctx, c, history, i*killInFlight+j, rng, flushes); err != nil {
-						if _, ok := err.(nbd.Errno); ok { // and not the end of the connection
+						if errno, ok := err.(nbd.Errno); ok && errno != nbd.ESHUTDOWN { // and not the end of the connection
 							refused <- err
 						}
 						return
@@ -131,7 +174,7 @@ func killLoad(ctx context.Context, s *server, history *disktest.CutLog, rng *ran
 		}
 	}
 	time.Sleep(time.Duration(1000+rng.IntN(killLoadMax*1000)) * time.Microsecond)
-	s.kill()
+	end()
 	close(stop)
 	wg.Wait()
 	select {
