@@ -149,8 +149,8 @@ func TestNbdinfo(t *testing.T) {
 // What is allocated, as nbdinfo and qemu-img see it.
 func TestMaps(t *testing.T) {
 	s, d := serveStrangers(t)
-	copy(d.data[1<<20:], pattern(1<<20, 1))
-	copy(d.data[4<<20+12288:], pattern(4096, 1))
+	d.change(1<<20, pattern(1<<20, 1), false)
+	d.change(4<<20+12288, pattern(4096, 1), false)
 	want := []struct{ Offset, Length, Type uint64 }{
 		{0, 1 << 20, 3}, {1 << 20, 1 << 20, 0}, {2 << 20, 2<<20 + 12288, 3}, {4<<20 + 12288, 4096, 0}, {4<<20 + 16384, 5<<20 - 16384, 3},
 	}
@@ -172,8 +172,7 @@ func TestMaps(t *testing.T) {
 	}
 	// More extents than one answer has.
 	for off := 0; off < strangersSize; off += 4 * 4096 {
-		clear(d.data[off:][:4*4096])
-		copy(d.data[off:], pattern(4096, 1))
+		d.change(uint64(off), append(pattern(4096, 1), make([]byte, 3*4096)...), false)
 	}
 	if err := json.Unmarshal(tool(t, "nbdinfo", "--map", "--json", s.uri("")), &got); err != nil || len(got) != 2*strangersSize/(4*4096) {
 		t.Errorf("nbdinfo: %d extents, %v", len(got), err)
@@ -197,7 +196,7 @@ func TestNbdsh(t *testing.T) {
 
 func TestNbdcopy(t *testing.T) {
 	s, d := serveStrangers(t)
-	copy(d.data, pattern(strangersSize, 77)) // to be overwritten, holes too
+	d.change(0, pattern(strangersSize, 77), false) // to be overwritten, holes too
 	p := holey(strangersSize)
 	tool(t, "nbdcopy", "--flush", "--threads=4", "--connections=4", "--requests=32", tempFile(t, p), s.uri(""))
 	data, durable := d.contents()
@@ -229,7 +228,7 @@ func TestQemuImg(t *testing.T) {
 	}
 	p := holey(strangersSize)
 	image := tempFile(t, p)
-	copy(d.data, pattern(strangersSize, 77))
+	d.change(0, pattern(strangersSize, 77), false)
 	// -n: into what is there; -W: out of order.
 	tool(t, "qemu-img", "convert", "-n", "-W", "-m", "8", "-f", "raw", "-O", "raw", image, s.uri(""))
 	data, _ := d.contents()
