@@ -142,21 +142,21 @@ var (
 // A Device is an open device. All methods but Close and Abort may be called
 // concurrently.
 type Device struct {
-	opts     Options
-	geometry store.Geometry
-	blocks   block.Range // all of the device
-	store    *store.Store
-	cache    *pagecache.Cache
-	epochs   *delalloc.Epochs
-	queue    *asyncq.Queue       // nil if read-only
-	back     *delalloc.Writeback // nil if read-only
-	flusher  *delalloc.Flusher   // nil if read-only
-	codec    compression.Setting
-	decoder  *compression.Decoder
-	scratch  *buffer.Pool // stored and decoded bytes of extents being read
+	opts    Options
+	size    atomic.Uint64 // of the device in bytes; Resize changes it
+	store   *store.Store
+	cache   *pagecache.Cache
+	epochs  *delalloc.Epochs
+	queue   *asyncq.Queue       // nil if read-only
+	back    *delalloc.Writeback // nil if read-only
+	flusher *delalloc.Flusher   // nil if read-only
+	codec   compression.Setting
+	decoder *compression.Decoder
+	scratch *buffer.Pool // stored and decoded bytes of extents being read
 
 	owners atomic.Uint64 // of range locks; delalloc has number 1
 	room   sync.Mutex    // one at a time forces checkpoints for trims
+	resize sync.Mutex    // one Resize at a time
 
 	mu     sync.RWMutex
 	closed bool // guarded by mu
@@ -212,8 +212,8 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 			d.free()
 		}
 	}()
-	d.geometry = d.store.Geometry()
-	d.blocks = block.Range{End: block.Index(d.geometry.Blocks())}
+	g := d.store.Geometry()
+	d.size.Store(g.DeviceSize)
 	if d.cache, err = pagecache.New(pagecache.Options{
 		CacheBytes: o.CacheBytes, PayloadBytes: o.PayloadBytes,
 		DirtyBytesMax: o.DirtyBytesMax, BackgroundBytes: o.BackgroundBytes,
@@ -225,12 +225,12 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 		return nil, fmt.Errorf("device: %w", err)
 	}
 	d.decoder = compression.NewDecoder(runtime.GOMAXPROCS(0))
-	d.codec = compression.Setting{Codec: compression.Codec(d.geometry.Codec), Level: compression.Level(d.geometry.Level)}
+	d.codec = compression.Setting{Codec: compression.Codec(g.Codec), Level: compression.Level(g.Level)}
 	if o.Codec != nil {
 		d.codec = *o.Codec
 	}
 	if d.opts.ExtentBytes == 0 {
-		d.opts.ExtentBytes = d.geometry.ExtentBlocks * block.Size
+		d.opts.ExtentBytes = g.ExtentBlocks * block.Size
 	}
 	if e := d.opts.ExtentBytes; e < block.Size || e > store.ExtentBlocksMax*block.Size || e&(e-1) != 0 {
 		return nil, fmt.Errorf("device: extents of %d bytes: want a power of two from %d to %d", e, block.Size, store.ExtentBlocksMax*block.Size)
@@ -356,13 +356,13 @@ func (d *Device) free() (err error) {
 }
 
 // Bytes is the size of the device in bytes.
-func (d *Device) Bytes() uint64 { return d.geometry.DeviceSize }
+func (d *Device) Bytes() uint64 { return d.size.Load() }
 
 // ReadOnly tells whether changes are refused from the start.
 func (d *Device) ReadOnly() bool { return d.opts.ReadOnly }
 
-// Geometry is what the store was made with.
-func (d *Device) Geometry() store.Geometry { return d.geometry }
+// Geometry is what the store was made with, or has been resized to.
+func (d *Device) Geometry() store.Geometry { return d.store.Geometry() }
 
 // Recovery tells what opening the store found.
 func (d *Device) Recovery() store.Recovery { return d.store.Recovery() }
@@ -372,7 +372,7 @@ func (d *Device) Err() error { return d.store.Err() }
 
 // check refuses a range beyond the end.
 func (d *Device) check(off, n uint64) error {
-	if off > d.geometry.DeviceSize || n > d.geometry.DeviceSize-off {
+	if size := d.Bytes(); off > size || n > size-off {
 		return ErrRange
 	}
 	return nil
@@ -410,7 +410,7 @@ func (d *Device) Flush(ctx context.Context) error {
 }
 
 // Size is the size of the device in bytes, as go-nbd's backend.Backend has it.
-func (d *Device) Size() (int64, error) { return int64(d.geometry.DeviceSize), nil }
+func (d *Device) Size() (int64, error) { return int64(d.Bytes()), nil }
 
 // Sync is Flush, as go-nbd's backend.Backend has it.
 func (d *Device) Sync() error { return d.Flush(context.Background()) }
@@ -421,7 +421,7 @@ func (d *Device) ReadAt(p []byte, off int64) (int, error) {
 		return 0, ErrRange
 	}
 	n := uint64(len(p))
-	size := d.geometry.DeviceSize
+	size := d.Bytes()
 	if uint64(off) >= size {
 		return 0, io.EOF
 	}
@@ -535,7 +535,7 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 	if err != nil {
 		return Status{}, err
 	}
-	g, m := d.geometry, &d.metrics
+	g, m := d.store.Geometry(), &d.metrics
 	st := Status{
 		UUID: g.UUID.String(), DeviceSize: g.DeviceSize, Capacity: g.Capacity, SegmentSize: g.SegmentSize,
 		ExtentSize: d.opts.ExtentBytes, Codec: d.codec.String(), ReadOnly: d.opts.ReadOnly,

@@ -166,7 +166,7 @@ func (rd *reading) resolve() (err error) {
 		for n < len(claims) && claims[n].Block() < win.Start+8*store.ExtentBlocksMax {
 			n++
 		}
-		win.End = min((claims[n-1].Block()|mask)+1, d.blocks.End)
+		win.End = min((claims[n-1].Block()|mask)+1, d.end())
 		ext, err = d.store.Lookup(win, ext[:0])
 		d.metrics.lookups.Add(1)
 		if err != nil {

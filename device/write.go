@@ -431,9 +431,9 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 	}
 	head := off % block.Size
 	tail := (off + n) % block.Size
-	if off+n == d.geometry.DeviceSize && tail != 0 {
+	if off+n == d.Bytes() && tail != 0 {
 		// Nothing lies behind the end.
-		inner.End, tail = d.blocks.End, 0
+		inner.End, tail = inner.End+1, 0
 	}
 	w := d.writes.Get().(*Write)
 	w.r, w.frames, w.segments = block.Covering(off, n), w.frames[:0], w.segments[:0]

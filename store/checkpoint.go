@@ -50,7 +50,7 @@ func (s *Store) checkpoint(snap *snapshot) {
 
 func (s *Store) runCheckpoint(snap *snapshot) error {
 	s.mu.RLock()
-	root, trims, sequence, totals := s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes
+	root, trims, sequence, totals, geometry := s.mu.root, s.mu.trims, s.mu.sequence, s.mu.nodes, s.mu.target
 	s.mu.RUnlock()
 
 	evacuation := s.cleaner.takeEvacuation()
@@ -58,7 +58,7 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	if err != nil {
 		return err
 	}
-	sb := &superblock{Geometry: s.geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root, nodes: totals}
+	sb := &superblock{Geometry: geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root, nodes: totals}
 	s.touched.encode(sb.touched[:])
 	sb.touchedShift = uint8(s.touched.shift)
 	s.segments.markEmpty(sb.sequence, snap.replay.serial)

@@ -813,7 +813,7 @@ func (c *cleaner) work() (worked, busy bool) {
 	before, nodes := s.mu.replay, s.mu.root.Nodes
 	s.mu.RUnlock()
 	free, _ := s.segments.room()
-	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.segments.cleanReserve()+max(4, uint64(s.segments.total)/64)
+	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.segments.cleanReserve()+max(4, uint64(s.segments.total.Load())/64)
 	garbage, live := s.segments.garbage(before)
 	// Idle: a sixteenth of what is alive. While clients write, what dies by itself
 	// is not worth copying.

@@ -24,6 +24,7 @@ type crashRun struct {
 	model   *disktest.Model
 	durable []durableMark
 	geo     Geometry
+	resizes []resizeMark
 	opts    Options
 
 	points, checkpoints int // power cuts, and checkpoints of the history
@@ -156,8 +157,12 @@ func (r *crashRun) verify(d disk.File, k int64) (*Store, int, error) {
 			oldest = m.point
 		}
 	}
-	all := make([]byte, r.geo.DeviceSize)
-	if _, err := (contents{s}).ReadAt(all, 0); err != nil {
+	all := make([]byte, r.model.Size()) // beyond the end: zeros
+	if _, err := (contents{s}).ReadAt(all[:s.Geometry().DeviceSize], 0); err != nil {
+		s.Close()
+		return nil, 0, err
+	}
+	if err := r.allowed(s.Geometry(), k); err != nil {
 		s.Close()
 		return nil, 0, err
 	}
@@ -215,15 +220,24 @@ func (r *crashRun) history(seed uint64, h int) error {
 		return err
 	}
 	err = r.model.Check(contents{s})
+	if err != nil {
+		err = fmt.Errorf("before any cut: %w", err)
+	}
 	r.checkpoints, r.moved = int(s.metrics.checkpoints.Load()), int(s.metrics.movedBytes.Load())
 	s.Close()
 	if err != nil {
-		return fmt.Errorf("before any cut: %w", err)
+		return err
 	}
+	return r.cuts(seed, from, r.cutAgain)
+}
+
+// cuts has the power go at each operation of the disk from from on, and then do what
+// is to be done with what that has left.
+func (r *crashRun) cuts(seed uint64, from int64, then func(d *disktest.Disk, k int64) error) error {
 	for k := from; k <= r.disk.Ops(); k++ {
 		for _, loss := range []disktest.Loss{disktest.LoseAll, disktest.KeepAll, disktest.Random(seed ^ uint64(k))} {
 			r.points++
-			if err := r.cutAgain(r.disk.At(k, loss), k); err != nil {
+			if err := then(r.disk.At(k, loss), k); err != nil {
 				return fmt.Errorf("power cut at operation %d, %v: %w", k, loss, err)
 			}
 		}
@@ -372,7 +386,10 @@ func TestReopen(t *testing.T) {
 }
 
 // checkpoint takes one with the commits that it needs.
-func (r *crashRun) checkpoint() error {
+func (r *crashRun) checkpoint() error { return r.committing(r.store.Checkpoint) }
+
+// committing runs fn, and commits whenever the store asks for it.
+func (r *crashRun) committing(fn func() error) error {
 	want := make(chan struct{}, 1)
 	r.store.progress.Lock() // a checkpoint may be running
 	r.store.opts.NeedCommit = func() {
@@ -383,7 +400,7 @@ func (r *crashRun) checkpoint() error {
 	}
 	r.store.progress.Unlock()
 	done := make(chan error, 1)
-	go func() { done <- r.store.Checkpoint() }()
+	go func() { done <- fn() }()
 	for {
 		select {
 		case err := <-done:

@@ -33,6 +33,7 @@ func TestMutants(t *testing.T) {
 		{"dropped reservation", mutant.DropReservation, 20, fullStore},
 		{"copy over newer", mutant.CopyOverNewer, 1, overtaken},
 		{"map over newer", mutant.MapOverNewer, 1, overtaken},
+		{"resize in one slot", mutant.ResizeOneSlot, 20, func(seed uint64) error { return (&crashRun{}).resizeHistory(seed, 0) }},
 	} {
 		t.Run(m.name, func(t *testing.T) { mutant.Caught(t, m.m, disktest.Seed(t), m.tries, m.try) })
 	}

@@ -134,6 +134,7 @@ func (s *Store) open() error {
 	if err != nil {
 		return err
 	}
+	newest := sb
 	s.reset(sb.Geometry)
 	durable := sb.epoch // the newest one, whether its checkpoint can be used or not
 	if err := s.loadCheckpoint(sb); err != nil {
@@ -143,7 +144,7 @@ func (s *Store) open() error {
 		// The older checkpoint and the log behind it are whole as well (rule R4).
 		s.opts.Warn("the newest checkpoint is damaged, the one before is used", err)
 		sb = other
-		s.segments = newSegments(&s.geometry)
+		s.reset(sb.Geometry)
 		if err := s.loadCheckpoint(sb); err != nil {
 			return err
 		}
@@ -160,12 +161,20 @@ func (s *Store) open() error {
 	if s.opts.ReadOnly {
 		return nil
 	}
-	return s.beginLife(end)
+	if err := s.beginLife(end); err != nil {
+		return err
+	}
+	if other != nil && newest.Geometry != other.Geometry {
+		// A resize was interrupted: what is served must fit both slots. If this fails
+		// the store has failed, and can be read.
+		_ = s.checkpointAlone()
+	}
+	return nil
 }
 
 // reset empties s for a store of that geometry.
 func (s *Store) reset(g Geometry) {
-	s.geometry = g
+	s.geometry, s.mu.target = g, g
 	s.segments = newSegments(&s.geometry)
 	s.nodes = &nodeStore{s: s}
 	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
@@ -238,8 +247,8 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 			return fmt.Errorf("store: segment table: %w", err)
 		}
 		ref, err = decodeUsage(b, func(n uint32, g segment) error {
-			if n >= t.total {
-				return fmt.Errorf("segment table: segment %d of %d: %w", n, t.total, ErrCorrupt)
+			if total := t.total.Load(); n >= total {
+				return fmt.Errorf("segment table: segment %d of %d: %w", n, total, ErrCorrupt)
 			}
 			t.useLocked(n)
 			t.table[n] = g
@@ -279,7 +288,7 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 // table yet, so its header tells who it is, and seed, if it is not 0, when that is
 // lost.
 func (s *Store) readOwn(ref blobRef, seed uint32) ([]byte, error) {
-	if ref.segment >= s.segments.total || uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) {
+	if ref.segment >= s.segments.total.Load() || uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) {
 		return nil, fmt.Errorf("record at %d of segment %d: %w", ref.offset, ref.segment, ErrCorrupt)
 	}
 	h, ok, err := s.readSegmentHead(ref.segment)

@@ -169,6 +169,9 @@ func (r *repair) try(c candidate) error {
 		}
 		r.notes.problem("the segment table of checkpoint %d: %v", c.sequence, err)
 		for _, h := range r.heads {
+			if h.number >= s.segments.total.Load() {
+				continue // of before the store shrank
+			}
 			s.segments.adopt(h.number, h.serial, identitySeed(s.geometry.UUID, h.number, h.life, h.serial))
 		}
 	}
@@ -338,7 +341,8 @@ func (r *repair) readHeads(g *Geometry) {
 		r.notes.problem("%v", err)
 		return
 	}
-	for n := uint32(0); n < s.segments.total && s.segments.base(n) < size; n++ {
+	// Whatever the capacity: a header of before a resize may have told it.
+	for n := uint32(0); n < noSegment && s.segments.base(n) < size; n++ {
 		h, ok, err := s.readSegmentHead(n)
 		if err != nil {
 			r.notes.problem("%v", err)

@@ -224,7 +224,7 @@ func (sc *scanner) scan(sb *superblock) error {
 // successor reads the header of the segment behind head, and says whether the
 // log goes on there.
 func (sc *scanner) successor(head segmentHead) (segmentHead, bool, error) {
-	if head.next >= sc.s.segments.total {
+	if head.next >= sc.s.segments.total.Load() {
 		return segmentHead{}, false, nil
 	}
 	next, ok, err := sc.s.readSegmentHead(head.next)

@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"cnbd/internal/disk"
@@ -66,7 +67,7 @@ type segment struct {
 // Safe for concurrent use.
 type segments struct {
 	size  uint32
-	total uint32 // how many the capacity allows
+	total atomic.Uint32 // how many the capacity allows; changed with mu held
 
 	alloc sync.Mutex // one at a time asks the host for space; taken before mu
 
@@ -80,7 +81,9 @@ type segments struct {
 }
 
 func newSegments(g *Geometry) *segments {
-	return &segments{size: g.SegmentSize, total: g.Segments(), free: g.Segments(), pins: make(map[uint64]int)}
+	t := &segments{size: g.SegmentSize, free: g.Segments(), pins: make(map[uint64]int)}
+	t.total.Store(g.Segments())
+	return t
 }
 
 // at is the entry of segment n, which is made if need be. REQUIRES: t.mu held.
@@ -290,7 +293,9 @@ func (t *segments) usable() uint64 {
 }
 
 // cleanReserve is the number of segments that are kept for the cleaner.
-func (t *segments) cleanReserve() uint64 { return max(cleanSegments, uint64(t.total)/cleanReserve) }
+func (t *segments) cleanReserve() uint64 {
+	return max(cleanSegments, uint64(t.total.Load())/cleanReserve)
+}
 
 // room is the number of free segments, and of those with space on the host.
 func (t *segments) room() (free, warm uint32) {
@@ -381,7 +386,7 @@ func (t *segments) sweep(ctx context.Context, f disk.File, bytes int64) error {
 	t.alloc.Lock()
 	defer t.alloc.Unlock()
 	most := (max(bytes, segmentsOffset) - segmentsOffset + int64(t.size) - 1) / int64(t.size)
-	for n := uint32(min(most, int64(t.total))); n > 0 && ctx.Err() == nil; {
+	for n := uint32(min(most, int64(t.total.Load()))); n > 0 && ctx.Err() == nil; {
 		n--
 		t.mu.Lock()
 		s := t.atLocked(n)
@@ -438,7 +443,7 @@ func (t *segments) nextWarm(keep func() uint32) (uint32, bool) {
 func (t *segments) lowestFree(most int) (free []uint32) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	for n := t.low; n < t.total && len(free) < most; n++ {
+	for n := t.low; n < t.total.Load() && len(free) < most; n++ {
 		if n >= uint32(len(t.table)) || t.table[n].state == segmentFree {
 			free = append(free, n)
 		}

@@ -119,7 +119,7 @@ func (o *Options) setDefaults() {
 
 // A Store is an open store. It owns its file from Open to Close.
 type Store struct {
-	geometry Geometry // immutable after Open
+	geometry Geometry // what is in force; Resize changes it with s.mu and log.mu held
 	opts     Options
 	file     disk.File
 	segments *segments
@@ -133,7 +133,8 @@ type Store struct {
 	failure  atomic.Pointer[error] // the first failed write or sync
 	snapshot atomic.Bool           // the next commit is to be a checkpoint's
 
-	syncing sync.Mutex // one sync at a time
+	syncing  sync.Mutex // one sync at a time
+	resizing sync.Mutex // one Resize at a time; taken before all others
 
 	reserving sync.Mutex   // one at a time tries to raise reserved; segments.mu is taken under it
 	reserved  atomic.Int64 // blocks reserved for writes
@@ -141,6 +142,7 @@ type Store struct {
 
 	mu struct {
 		sync.RWMutex
+		target   Geometry         // of the next superblock
 		open     *extents.Overlay // of what was appended since the newest snapshot
 		merging  *extents.Overlay // of the snapshot being merged; nil if none is
 		trims    *extents.RangeSet
@@ -170,8 +172,12 @@ type Store struct {
 	}
 }
 
-// Geometry is what the store was made with.
-func (s *Store) Geometry() Geometry { return s.geometry }
+// Geometry is what the store was made with, or has been resized to.
+func (s *Store) Geometry() Geometry {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	return s.geometry
+}
 
 // Err is the failed write or sync after which nothing can be stored any more,
 // nil if there was none.
@@ -582,7 +588,7 @@ func (s *Store) readBlob(dst []byte, ref blobRef) error { return s.readBlobFrom(
 
 // readBlobFrom is readBlob from another reader of the file.
 func (s *Store) readBlobFrom(f io.ReaderAt, dst []byte, ref blobRef) error {
-	if uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) || ref.segment >= s.segments.total {
+	if uint64(ref.offset)+uint64(ref.length) > uint64(s.segments.size) || ref.segment >= s.segments.total.Load() {
 		return fmt.Errorf("store: place %d+%d of segment %d is outside of it: %w", ref.offset, ref.length, ref.segment, ErrCorrupt)
 	}
 	off := s.segments.base(ref.segment) + int64(ref.offset)

@@ -43,4 +43,6 @@ const (
 	// MapOverNewer has the map lead to the cleaner's copies where something newer
 	// was appended since (rule R7).
 	MapOverNewer
+	// ResizeOneSlot makes use of a new size that only one superblock has.
+	ResizeOneSlot
 )
