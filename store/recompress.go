@@ -40,7 +40,7 @@ const (
 // superblock, so that a restart does not begin anew.
 type touched struct {
 	shift   uint                           // log2 of the blocks of a region
-	regions uint64                         // number of regions
+	regions atomic.Uint64                  // number of regions
 	bits    [regionsMax / 64]atomic.Uint64 // 1: touched
 
 	at, end block.Index  // what is left to look at of the region whose bit was taken; guarded by the cleaner's turn
@@ -55,7 +55,7 @@ func newTouched(blocks block.Count, shift uint8, regions []byte) *touched {
 	for uint64(blocks)>>t.shift >= regionsMax {
 		t.shift++
 	}
-	t.regions = uint64(blocks)>>t.shift + 1
+	t.grow(blocks)
 	t.taken.Store(-1)
 	for i := range t.bits {
 		word := ^uint64(0)
@@ -65,6 +65,14 @@ func newTouched(blocks block.Count, shift uint8, regions []byte) *touched {
 		t.bits[i].Store(word)
 	}
 	return t
+}
+
+// grow makes it that of a device of so many blocks. Of one that needs larger regions
+// what is beyond these is looked at after the next opening, with all the rest.
+func (t *touched) grow(blocks block.Count) {
+	if n := uint64(blocks)>>t.shift + 1; n > t.regions.Load() {
+		t.regions.Store(min(n, regionsMax)) // whose bits are set since the beginning
+	}
 }
 
 // encode puts which regions are touched into dst, touchedSize bytes.
@@ -83,7 +91,7 @@ const touchedSize = regionsMax / 8
 
 // note says that r has been written, or trimmed. It may be called concurrently.
 func (t *touched) note(r block.Range) {
-	last := min(uint64(r.End-1)>>t.shift, t.regions-1)
+	last := min(uint64(r.End-1)>>t.shift, t.regions.Load()-1)
 	for i := uint64(r.Start) >> t.shift; i <= last; i++ {
 		if w := &t.bits[i/64]; w.Load()>>(i%64)&1 == 0 {
 			w.Or(1 << (i % 64))
@@ -96,8 +104,9 @@ func (t *touched) note(r block.Range) {
 func (t *touched) next() bool {
 	t.taken.Store(-1)
 	from := uint64(t.end) >> t.shift
-	for n := range t.regions {
-		i := (from + n) % t.regions
+	regions := t.regions.Load()
+	for n := range regions {
+		i := (from + n) % regions
 		if w := &t.bits[i/64]; w.Load()>>(i%64)&1 != 0 {
 			t.taken.Store(int64(i)) // before the bit goes: encode sees one or the other
 			w.And(^(uint64(1) << (i % 64)))

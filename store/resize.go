@@ -22,6 +22,20 @@ import (
 // new end.
 var ErrInUse = errors.New("in use")
 
+// ValidateResize tells why a store of geometry g cannot be made one of geometry next,
+// whatever it holds.
+func (g *Geometry) ValidateResize(next *Geometry) error {
+	if err := next.Validate(); err != nil {
+		return err
+	}
+	// The table is written with each checkpoint, which must find its place in the
+	// reserve.
+	if total, most := next.Segments(), g.SegmentSize/usageEntry; total > g.Segments() && total > most {
+		return fmt.Errorf("capacity %d: a store with segments of %d bytes, as this one, has a capacity of %d at most", next.Capacity, g.SegmentSize, uint64(most)*uint64(g.SegmentSize))
+	}
+	return nil
+}
+
 // CanResize tells what stands in the way of making bytes the size of the device and
 // capacity that of the store, but for contents of the device beyond its new end. An
 // error that wraps ErrInUse or ErrNoSpace says that what is stored needs more; any
@@ -30,18 +44,10 @@ func (s *Store) CanResize(bytes, capacity uint64) error {
 	was := s.Geometry()
 	next := was
 	next.DeviceSize, next.Capacity = bytes, capacity
-	if err := next.Validate(); err != nil {
+	if err := was.ValidateResize(&next); err != nil {
 		return fmt.Errorf("store: %w", err)
 	}
-	total := next.Segments()
-	switch {
-	case total > was.Segments():
-		// The table is written with each checkpoint, which must find its place in the
-		// reserve.
-		if most := was.SegmentSize / usageEntry; total > most {
-			return fmt.Errorf("store: a store with segments of %d bytes manages %d of them, %d bytes, and not %d bytes", was.SegmentSize, most, uint64(most)*uint64(was.SegmentSize), capacity)
-		}
-	case total < was.Segments():
+	if total := next.Segments(); total < was.Segments() {
 		if last, ok := s.segments.last(); ok && last >= total {
 			return fmt.Errorf("store: segment %d is %w: it needs a capacity of %d bytes", last, ErrInUse, (uint64(last)+1)*uint64(was.SegmentSize))
 		}
@@ -107,6 +113,7 @@ func (s *Store) Resize(bytes, capacity uint64) error {
 	s.mu.Unlock()
 	s.log.mu.Unlock()
 	s.segments.grow(next.Segments())
+	s.touched.grow(next.Blocks())
 	return nil
 }
 

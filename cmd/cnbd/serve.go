@@ -255,11 +255,11 @@ func (v *served) acquire(c *config.Config) (err error) {
 	}
 	if e.Size != 0 && uint64(e.Size) != g.DeviceSize {
 		return usage(fmt.Errorf("%s is a store for %v, and a size of %v is asked for: leave --size out; "+
-			"`cnbd resize` is to change it, and this version does not have it yet", e.Path, config.Size(g.DeviceSize), e.Size))
+			"`cnbd resize` changes it", e.Path, config.Size(g.DeviceSize), e.Size))
 	}
 	if e.Capacity != 0 && uint64(e.Capacity) != g.Capacity {
 		return usage(fmt.Errorf("%s is a store with a capacity of %v, and %v is asked for: leave --capacity out; "+
-			"`cnbd resize` is to change it, and this version does not have it yet", e.Path, config.Size(g.Capacity), e.Capacity))
+			"`cnbd resize` changes it", e.Path, config.Size(g.Capacity), e.Capacity))
 	}
 	return nil
 }
@@ -392,6 +392,13 @@ func (s *serving) open(v *served) (err error) {
 				st, err := v.device.Status(ctx)
 				m := s.server.Metrics()
 				return &storeStatus{Status: st, Served: true, Server: &m}, err
+			},
+			Resize: func(ctx context.Context, wish control.ResizeRequest) (any, error) {
+				r, err := growDevice(ctx, c, v.device, e.Path, wish)
+				if err == nil {
+					log.Info().Stringer("size", config.Size(r.Size)).Stringer("capacity", config.Size(r.Capacity)).Msg("resized")
+				}
+				return r, err
 			},
 			Compact: func(ctx context.Context, progress func(dead, live uint64)) (any, error) {
 				return compactDevice(ctx, v.device, progress)
