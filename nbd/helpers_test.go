@@ -106,7 +106,9 @@ func (p *memPayload) Segments() [][]byte { return p.segs }
 // Zero takes every segment of zeroes for a hole.
 func (p *memPayload) Zero(i int) bool { return isZero(p.segs[i]) }
 
-func isZero(p []byte) bool { return len(bytes.TrimLeft(p, "\x00")) == 0 }
+func isZero(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
+}
 
 func (p *memPayload) Release() {
 	if p.gone {
@@ -203,10 +205,11 @@ func (d *memDisk) BlockStatus(ctx context.Context, off, n uint64, visit func(n u
 			return err
 		}
 	}
-	data, _ := d.contents()
+	d.mu.Lock()
+	defer d.mu.Unlock()
 	for end, more := off+n, true; off < end && more; {
 		m := min(4096-off%4096, end-off)
-		page := data[off&^4095 : min(off&^4095+4096, uint64(len(data)))]
+		page := d.data[off&^4095 : min(off&^4095+4096, uint64(len(d.data)))]
 		s := BlockState(0)
 		if isZero(page) {
 			s = StateHole | StateZero

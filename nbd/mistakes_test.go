@@ -285,3 +285,38 @@ func workingClient(t *testing.T, s *testServer, export string) (end func()) {
 		}
 	}
 }
+
+// TestBlockStatusNotTaken: answers to BLOCK_STATUS are long and cost a client
+// nothing to ask for; those that are not taken count, and are bounded.
+func TestBlockStatusNotTaken(t *testing.T) {
+	const size, hogs = 2 * 2 * extentsMax * 4096, 4
+	d := newMemDisk(size)
+	for off := 0; off < size; off += 2 * 4096 {
+		d.data[off] = 1
+	}
+	s := serve(t, Options{Exports: []Export{{Backend: d}}, RequestsMax: 16, ConnectionsMax: hogs + 1, PayloadBytesMax: 64 << 10, BytesMax: 512 << 10})
+	for range hogs {
+		rc := s.rawMode(StructuredReplies, "")
+		go func() {
+			for cookie := uint64(0); ; cookie++ {
+				if _, err := rc.Write(header{cmd: CmdBlockStatus, cookie: cookie, n: size}.appendTo(nil)); err != nil {
+					return // at the end of the test
+				}
+			}
+		}()
+	}
+	eventually(t, "answers wait to be taken", func() bool { return s.Metrics().BytesInFlight > s.opts.BytesMax/2 })
+	good := s.dial("")
+	for range 20 {
+		extents, err := good.BlockStatus(t.Context(), 0, size, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if len(extents) != extentsMax || extents[0] != (Extent{4096, 0}) || extents[1] != (Extent{4096, StateHole | StateZero}) {
+			t.Fatalf("%d extents, from %v on", len(extents), extents[:2])
+		}
+		if m := s.Metrics(); m.BytesInFlight > m.BytesMax {
+			t.Fatalf("%d bytes in flight, limit %d", m.BytesInFlight, m.BytesMax)
+		}
+	}
+}
