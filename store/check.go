@@ -3,6 +3,9 @@ package store
 import (
 	"errors"
 	"fmt"
+	"io"
+	"maps"
+	"math/bits"
 	"slices"
 
 	"cnbd/extents"
@@ -42,8 +45,11 @@ const problemsMax = 1000
 // Check proves the store in f without changing it: that it can be opened and
 // every record behind its checkpoint verifies; that every node of the map can be
 // read in each of its copies; that every extent lies within the device and its
-// segment, with no two blobs or nodes over each other; and that the accounting of
-// each segment is what the map refers to. With o.Data every blob is read.
+// segment, with no two blobs or nodes over each other, and that a segment to which
+// the map refers is not free; that the accounting of each segment is what the map
+// refers to; and that the checkpoint before the newest one can be loaded. With
+// o.Data every blob is read, and every record header and segment header that leads
+// to it: each place that the map refers to is a record of that kind.
 //
 // f must be locked; Check closes it. An error says that the store could not be
 // opened at all; if that is for damage, it wraps ErrCorrupt.
@@ -57,8 +63,12 @@ func Check(f disk.File, o CheckOptions) (*CheckReport, error) {
 	}
 	defer s.Close()
 	c := &checker{s: s, opts: o, rep: rep, used: make(map[uint32]*usage)}
+	c.checkOther()
 	if err := c.run(); err != nil {
 		return nil, err
+	}
+	if o.Data {
+		c.checkHeads()
 	}
 	rep.Lost = mergeRanges(rep.Lost)
 	rep.Clean = len(rep.Problems) == 0 && len(rep.Lost) == 0
@@ -78,11 +88,12 @@ func addProblem(list []string, more int, format string, args ...any) ([]string, 
 }
 
 type checker struct {
-	s    *Store
-	opts CheckOptions
-	rep  *CheckReport
-	used map[uint32]*usage
-	done uint64
+	s     *Store
+	opts  CheckOptions
+	rep   *CheckReport
+	used  map[uint32]*usage
+	done  uint64 // steps, of total
+	total uint64
 
 	// What can be read of the map.
 	entries, nodes uint64
@@ -118,11 +129,14 @@ func (c *checker) run() error {
 	s.mu.RLock()
 	defer s.mu.RUnlock()
 	rep.Epoch, rep.Records = s.recovery.Epoch, s.recovery.Records
-	total := s.mu.root.Entries + s.mu.root.Nodes
+	c.total = s.mu.root.Entries + s.mu.root.Nodes
+	if c.opts.Data {
+		c.total += s.mu.root.Entries
+	}
 	device := block.Range{End: block.Index(s.geometry.Blocks())}
 	last := extents.Extent{}
 	err := s.tree.Walk(s.mu.root, func(n extents.WalkNode) error {
-		c.step(total)
+		c.step()
 		rep.Nodes++
 		for i, at := range n.Places[:n.Copies] {
 			u := c.at(at.Segment)
@@ -152,7 +166,7 @@ func (c *checker) run() error {
 		}
 		return nil
 	}, func(e extents.Extent) error {
-		c.step(total)
+		c.step()
 		c.entries++
 		if e.Start < last.Range().End {
 			rep.problem("extents %v and %v overlap", last.Range(), e.Range())
@@ -179,13 +193,56 @@ func (c *checker) run() error {
 	// What the device reads as: overlay, pending trims and tree together.
 	c.checkVisible(device)
 	c.checkPlaces()
+	if c.opts.Progress != nil {
+		c.opts.Progress(c.total, c.total)
+	}
 	return nil
 }
 
-func (c *checker) step(total uint64) {
+// checkOther loads the checkpoint that is not in use: the newest one may rot.
+func (c *checker) checkOther() {
+	newest, other, err := readSuperblocks(c.s.file, func(string, error) {}) // Open has told of it
+	if err != nil || other == nil {
+		return
+	}
+	if newest.sequence != c.s.recovery.Checkpoint {
+		return // it is the damaged one
+	}
+	o := &Store{opts: c.s.opts, file: c.s.file}
+	o.reset(other.Geometry)
+	if err := o.loadCheckpoint(other); err != nil {
+		c.rep.problem("the checkpoint before the newest cannot be used: %v", err)
+	}
+}
+
+// checkHeads reads both copies of the headers of the segments that the map refers
+// to.
+func (c *checker) checkHeads() {
+	s := c.s
+	var b [segmentData]byte
+	s.segments.visit(func(n uint32, g segment) {
+		if u := c.used[n]; u == nil || u.refs == 0 {
+			return
+		}
+		k, err := s.file.ReadAt(b[:], s.segments.base(n))
+		if err != nil && err != io.EOF {
+			c.rep.problem("header of segment %d: %v", n, err)
+			return
+		}
+		clear(b[k:])
+		for i := range 2 {
+			h, ok := decodeSegmentHead(b[i*segmentHeader:], s.geometry.UUID, n)
+			if !ok || identitySeed(s.geometry.UUID, n, h.life, h.serial) != g.seed {
+				c.rep.problem("header of segment %d, copy %d: not that of the segment: %v", n, i+1, ErrCorrupt)
+			}
+		}
+	})
+}
+
+func (c *checker) step() {
 	c.done++
-	if c.opts.Progress != nil && c.done%4096 == 0 {
-		c.opts.Progress(c.done, total)
+	if c.opts.Progress != nil && c.done%1024 == 0 {
+		c.opts.Progress(min(c.done, c.total), c.total)
 	}
 }
 
@@ -290,7 +347,8 @@ func (c *checker) checkVisible(device block.Range) {
 func (c *checker) checkPlaces() {
 	s, rep := c.s, c.rep
 	bad := make(map[extents.Addr]bool)
-	for n, u := range c.used {
+	for _, n := range slices.Sorted(maps.Keys(c.used)) { // as they lie on the disk
+		u := c.used[n]
 		slices.SortFunc(u.places, func(a, b place) int {
 			if a.offset != b.offset {
 				return int(int64(a.offset) - int64(b.offset))
@@ -303,7 +361,7 @@ func (c *checker) checkPlaces() {
 			if i > 0 && p == prev {
 				continue // another extent of the same blob
 			}
-			if p.offset < end {
+			if p.offset < end+recordHeader {
 				rep.problem("segment %d: bytes %d to %d are taken twice", n, p.offset, end)
 			}
 			if p.offset > s.geometry.SegmentSize || p.length > s.geometry.SegmentSize-p.offset {
@@ -312,7 +370,14 @@ func (c *checker) checkPlaces() {
 				end = p.offset + p.length
 			}
 			prev = p
-			if c.opts.Data && p.blob.Blocks > 0 {
+			if !c.opts.Data {
+				continue
+			}
+			if err := c.checkRecord(n, p); err != nil {
+				rep.problem("header of the record at %d of segment %d: %v", p.offset-recordHeader, n, err)
+			}
+			if p.blob.Blocks > 0 {
+				c.step()
 				rep.Blobs++
 				if err := s.readBlob(make([]byte, p.length), blobRef{n, p.offset, p.length, p.blob.Checksum}); err != nil {
 					rep.problem("%v", err)
@@ -324,6 +389,28 @@ func (c *checker) checkPlaces() {
 	if len(bad) > 0 {
 		c.locate(bad)
 	}
+}
+
+// checkRecord proves that what lies at p is the payload of a record of that kind.
+func (c *checker) checkRecord(n uint32, p place) error {
+	var b [recordHeader]byte
+	at := p.offset - recordHeader
+	if _, err := c.s.file.ReadAt(b[:], c.s.segments.base(n)+int64(at)); err != nil {
+		return err
+	}
+	h, _, err := decodeHeader(b[:], c.s.segments.seed(n), at)
+	if err != nil {
+		return err
+	}
+	same := h.kind == recordNode && h.length == p.length
+	if a := p.blob; a.Blocks > 0 {
+		same = h.kind == recordData && h.length == p.length && h.checksum == a.Checksum && h.codec == a.Codec && h.level == a.Level &&
+			bits.OnesCount32(h.present) == int(a.Blocks)
+	}
+	if !same {
+		return fmt.Errorf("it is another record than the map refers to: %w", ErrCorrupt)
+	}
+	return nil
 }
 
 // locate finds the blocks whose blob is bad.
