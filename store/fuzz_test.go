@@ -239,3 +239,20 @@ func FuzzDamage(f *testing.F) {
 		}
 	})
 }
+
+// FuzzTally: the payload of a commit record decodes to what encodes to it.
+func FuzzTally(f *testing.F) {
+	f.Add(tally{3, 4096, 7}.encode())
+	f.Fuzz(func(t *testing.T, b []byte) {
+		got, err := decodeTally(b)
+		if err != nil {
+			if !errors.Is(err, ErrCorrupt) {
+				t.Errorf("error %v", err)
+			}
+			return
+		}
+		if !bytes.Equal(got.encode(), b) {
+			t.Errorf("decodes to %+v, which encodes otherwise", got)
+		}
+	})
+}

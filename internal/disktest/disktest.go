@@ -221,11 +221,15 @@ func (d *Disk) ReadAt(p []byte, off int64) (int, error) {
 	}
 	defer d.mu.Unlock()
 	d.counts.Reads++
-	if f := d.faultLocked(Read, off, int64(len(p))); f != nil {
+	n := max(0, min(int64(len(p)), d.cache.size-off))
+	switch f := d.faultLocked(Read, off, int64(len(p))); {
+	case f == nil:
+		d.cache.read(p[:n], off)
+	case f.Lie != Lie{}:
+		f.Lie.read(d, p[:n], off)
+	default:
 		return 0, f.error("read", off)
 	}
-	n := max(0, min(int64(len(p)), d.cache.size-off))
-	d.cache.read(p[:n], off)
 	d.counts.BytesRead += n
 	if n < int64(len(p)) {
 		return int(n), io.EOF

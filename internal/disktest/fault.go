@@ -20,10 +20,38 @@ type Fault struct {
 	Err error
 	// Partial is how many bytes of a struck WriteAt are written (a short write).
 	Partial int
+	// Lie has a struck ReadAt succeed, with other bytes.
+	Lie Lie
 	// Loss is what becomes of the operations that a struck Sync covered. What it
 	// loses is gone, and no later Sync brings it back, but ReadAt goes on to
 	// show it until DropCache: Linux marks pages clean whose writeback failed.
 	Loss Loss
+}
+
+// A Lie is how a disk reads wrong without a word.
+type Lie struct {
+	// Old is an earlier Clone: what it had there is read (stale blocks).
+	Old *Disk
+	// Shift is how far away from where it was asked for what is read lies, in bytes
+	// (misdirected blocks).
+	Shift int64
+	// Flip flips a bit of what is read.
+	Flip bool
+}
+
+// read reads what a disk that lies shows instead of d.
+func (l Lie) read(d *Disk, p []byte, off int64) {
+	img := d.cache
+	if l.Old != nil {
+		l.Old.mu.Lock()
+		defer l.Old.mu.Unlock()
+		img = l.Old.cache
+	}
+	img.read(p, max(0, off+l.Shift))
+	if l.Flip && len(p) > 0 {
+		bit := mix(d.seed, uint64(d.counts.Reads)) % uint64(8*len(p))
+		p[bit/8] ^= 1 << (bit % 8)
+	}
 }
 
 // Inject adds a fault. Of several that match an operation, the first that is
