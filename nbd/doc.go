@@ -2,7 +2,7 @@
 // [Server] that serves any [Backend], and a small [Client].
 //
 // What is spoken is fixed newstyle with the options EXPORT_NAME, ABORT, LIST,
-// INFO, GO, STRUCTURED_REPLY, EXTENDED_HEADERS, LIST_META_CONTEXT and
+// INFO, GO, STARTTLS, STRUCTURED_REPLY, EXTENDED_HEADERS, LIST_META_CONTEXT and
 // SET_META_CONTEXT (base:allocation), and the commands READ (DF), WRITE, DISC,
 // FLUSH, TRIM, CACHE, WRITE_ZEROES (NO_HOLE, FAST_ZERO) and BLOCK_STATUS
 // (REQ_ONE), with FUA. Everything else is refused in a way that keeps the
@@ -35,6 +35,17 @@
 // behind the write; other connections are not. A payload has to arrive, and a
 // reply has to leave, within StallTimeout.
 //
+// STARTTLS puts a layer between: from then on the reader reads through TLS, a record
+// at a time and with a copy more, and the sender gathers replies into whole records.
+// Deadlines and the end of the connection are still those of the socket. What was
+// agreed on before is forgotten, for it may not have been the client that said it.
+//
+// # Places
+//
+// At most ConnectionsMax connections have a place. One that is still in its
+// handshake may lose it to a new one, the eldest first; one whose client has
+// shown a certificate, or has its export, is settled.
+//
 // # Invariants
 //
 //  1. Every admitted request is finished exactly once, and is in flight until
@@ -44,8 +55,9 @@
 //  3. Every [Payload] is released, and every [PendingWrite] committed or
 //     aborted, exactly once, before the connection is counted as closed.
 //  4. What clients make the server hold is bounded: by BytesMax all together, by
-//     RequestsMax, the receive buffer and one option's data each. What some of
-//     them keep leaves memory for each of the others.
+//     RequestsMax, the receive buffer, which takes the data of options too, and
+//     the state of TLS each. What some of them keep leaves memory for each of the
+//     others.
 //  5. FLUSH covers what was answered before it was received: a reply is queued
 //     only after the backend has returned, so the backend has seen all of it.
 //
