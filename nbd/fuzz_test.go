@@ -81,24 +81,34 @@ func FuzzMetaQuery(f *testing.F) {
 	})
 }
 
-// FuzzClient: whatever a server says, the client ends, and does not hold more than
-// it was asked for.
+// FuzzClient: whatever a server says, in the handshake and in a reply, the client ends
+// when the server does, and does not hold more than it was told.
 func FuzzClient(f *testing.F) {
 	for _, m := range []ReplyMode{StructuredReplies, ExtendedHeaders} {
 		put := func(kind chunkType, body ...byte) []byte {
 			return append(chunk{flags: chunkFlagDone, kind: kind, cookie: 1, n: uint64(len(body))}.appendTo(nil, m), body...)
 		}
-		f.Add(handshakeOf(m), put(chunkData, make([]byte, 108)...), false)
-		f.Add(handshakeOf(m), put(chunkHole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100), false)
-		f.Add(handshakeOf(m), put(chunkError, 0, 0, 0, 5, 0, 1, 'x'), false)
-		f.Add(handshakeOf(m), put(chunkStatus, 0, 0, 0, 5, 0, 0, 0, 100, 0, 0, 0, 3), true)
-		f.Add(handshakeOf(m), put(chunkStatusExt, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 3), true)
+		extended := m == ExtendedHeaders
+		f.Add(handshakeOf(m), put(chunkData, make([]byte, 108)...), extended, false)
+		f.Add(handshakeOf(m), put(chunkHole, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 100), extended, false)
+		f.Add(handshakeOf(m), put(chunkError, 0, 0, 0, 5, 0, 1, 'x'), extended, false)
+		f.Add(handshakeOf(m), put(chunkStatus, 0, 0, 0, 5, 0, 0, 0, 100, 0, 0, 0, 3), extended, true)
+		f.Add(handshakeOf(m), put(chunkStatusExt, 0, 0, 0, 5, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 100, 0, 0, 0, 0, 0, 0, 0, 3), extended, true)
 	}
-	f.Add(append(greeting(0), export(4096, FlagHasFlags, 124)...), appendSimpleReply(nil, 0, 1), false)
-	f.Fuzz(func(t *testing.T, handshake, reply []byte, status bool) {
-		c, err := NewClient(t.Context(), replyServer(t, handshake, reply), "")
+	f.Add(append(greeting(0), export(4096, FlagHasFlags, 124)...), appendSimpleReply(nil, 0, 1), false, false)
+	f.Fuzz(func(t *testing.T, handshake, reply []byte, extended, status bool) {
+		nc := new(streamConn)
+		nc.in.Reset(handshake)
+		if c, err := NewClient(t.Context(), nc, ""); err == nil {
+			c.Close()
+		}
+		m := StructuredReplies
+		if extended {
+			m = ExtendedHeaders
+		}
+		c, err := NewClient(t.Context(), replyServer(t, handshakeOf(m), reply), "")
 		if err != nil {
-			return
+			t.Fatal(err)
 		}
 		if status {
 			extents, err := c.BlockStatus(t.Context(), 0, 100, false)
