@@ -44,6 +44,10 @@ func DefaultCapacity(size uint64, segment uint32, dirtyMax, checkpoint uint64) u
 	return (n + s - 1) / s * s
 }
 
+// RecordOverhead is what a stored extent takes beside its stored bytes and its entry
+// in the map: the header of its record.
+const RecordOverhead = recordHeader
+
 // MinCapacity is the smallest capacity that a store can work with, in bytes.
 func MinCapacity(segment uint32) uint64 { return segmentsMin * uint64(segment) }
 

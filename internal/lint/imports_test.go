@@ -41,6 +41,8 @@ var allowed = map[string][]string{
 	"asyncq":    leaves,
 	"extents":   leaves,
 
+	"internal/estimate": {"internal/block", "internal/compression", "store"}, // for cmd/cnbd alone
+
 	"internal/buffer":      base,
 	"internal/compression": base,
 	"internal/disk":        base,
