@@ -32,6 +32,10 @@ type Stats struct {
 	// behind the newest checkpoint; Nodes the number of its nodes.
 	Extents uint64 `json:"extents"`
 	Nodes   uint64 `json:"nodes"`
+	// NodesRead is how many nodes were read since opening; MapCacheBytes what the
+	// cache of nodes holds.
+	NodesRead     uint64 `json:"nodes_read"`
+	MapCacheBytes int64  `json:"map_cache_bytes"`
 
 	DurableEpoch uint64 `json:"durable_epoch"`
 	Checkpoint   uint64 `json:"checkpoint"`
@@ -87,6 +91,8 @@ func (s *Store) Stats() (Stats, error) {
 			return st, err
 		}
 	}
+	tree := s.tree.Metrics()
+	st.NodesRead, st.MapCacheBytes = tree.NodesRead, tree.CacheBytes
 	st.Nodes, st.Extents = s.mu.root.Nodes, s.mu.root.Entries
 	nodes := s.mu.nodes
 	st.DataBytes = uint64(int64(refs-nodes.copies)+blocks) * block.Size
