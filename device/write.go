@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"syscall"
 	"time"
 
@@ -48,7 +49,7 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 	if err := d.balance(ctx, r.Len()); err != nil {
 		return nil, err
 	}
-	if err := d.reserve(ctx, r.Len()); err != nil {
+	if err := d.reserve(ctx, r.Len(), r); err != nil {
 		d.cache.CancelDirty(r.Len())
 		return nil, err
 	}
@@ -94,21 +95,42 @@ func (d *Device) balance(ctx context.Context, n block.Count) error {
 	return err
 }
 
-// reserve reserves space for n blocks. When there is none it waits until what was
-// overwritten has come back, before it gives up.
-func (d *Device) reserve(ctx context.Context, n block.Count) error {
+// reserve reserves space for n blocks, all in those ranges. When there is none it
+// waits until what was overwritten has come back, before it gives up.
+func (d *Device) reserve(ctx context.Context, n block.Count, in ...block.Range) error {
+	w := store.Growth
+	if n <= store.SmallBlocks {
+		w = store.SmallGrowth
+	}
 	for {
-		err := d.store.Reserve(n)
+		err := d.store.Reserve(n, w)
 		if err == nil || !errors.Is(err, store.ErrNoSpace) {
 			return d.noSpace(err)
 		}
-		if err := d.store.MakeRoom(ctx, n); err != nil {
-			if ctx.Err() != nil {
-				return ctx.Err()
-			}
+		err = d.store.MakeRoom(ctx, n, w)
+		switch {
+		case err == nil:
+		case ctx.Err() != nil:
+			return ctx.Err()
+		case w < store.Overwriting && errors.Is(err, store.ErrNoSpace) && d.allStored(in):
+			w = store.Overwriting
+		default:
 			return d.noSpace(err)
 		}
 	}
+}
+
+// allStored tells whether the store has data for all blocks of the ranges.
+func (d *Device) allStored(in []block.Range) bool {
+	view := d.store.View()
+	defer d.store.Unview(view)
+	for _, r := range in {
+		list, err := d.store.Lookup(r, nil)
+		if err != nil || slices.ContainsFunc(list, func(e extents.Extent) bool { return e.Kind != extents.Data }) {
+			return false
+		}
+	}
+	return true
 }
 
 func (d *Device) noSpace(err error) error {
@@ -394,7 +416,7 @@ func (d *Device) bound(ctx context.Context) error {
 			}
 		}
 		if d.store.Short() {
-			if err := d.store.MakeRoom(ctx, 0); err != nil && !errors.Is(err, store.ErrNoSpace) {
+			if err := d.store.MakeRoom(ctx, 0, store.Overwriting); err != nil && !errors.Is(err, store.ErrNoSpace) {
 				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 			}
 		}
@@ -439,12 +461,15 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 	w.r, w.frames, w.segments = block.Covering(off, n), w.frames[:0], w.segments[:0]
 	w.edges = [2]edge{{frame: -1}, {frame: -1}}
 	edges := 0
+	var in [2]block.Range
 	if head != 0 {
 		w.edges[0] = edge{w.r.Start, int(head), block.Size, edges}
+		in[edges] = block.Span(w.r.Start, 1)
 		edges++
 	}
 	if tail != 0 {
 		w.edges[1] = edge{w.r.End - 1, 0, int(tail), edges}
+		in[edges] = block.Span(w.r.End-1, 1)
 		edges++
 	}
 	if edges > 0 {
@@ -452,7 +477,7 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 			w.recycle()
 			return err
 		}
-		err := d.reserve(ctx, block.Count(edges))
+		err := d.reserve(ctx, block.Count(edges), in[:edges]...)
 		if err == nil {
 			if w.frames, err = d.cache.AllocPayload(ctx, edges, w.frames); err != nil {
 				d.store.Release(block.Count(edges))

@@ -32,7 +32,7 @@ func DefaultSegmentSize(size uint64) uint32 {
 //	                       place before the old one is free
 //	2 * checkpoint         the log behind the two newest checkpoints, which cannot
 //	                       be reused (rule R4)
-//	14 segments            the one being written, its successor, the reserves of
+//	18 segments            the one being written, its successor, the reserves of
 //	                       commits and checkpoints and of the cleaner, and what
 //	                       their ends leave unused
 //
@@ -40,7 +40,7 @@ func DefaultSegmentSize(size uint64) uint32 {
 // space by itself. size is at most [DeviceSizeMax].
 func DefaultCapacity(size uint64, segment uint32, dirtyMax, checkpoint uint64) uint64 {
 	s := uint64(segment)
-	n := size + (size+7)/8 + dirtyMax + 2*checkpoint + 14*s
+	n := size + (size+7)/8 + dirtyMax + 2*checkpoint + 18*s
 	return (n + s - 1) / s * s
 }
 

@@ -180,19 +180,19 @@ func (s *Store) StopCleaning() {
 }
 
 // fits tells whether a reservation of n blocks would find free segments.
-func (s *Store) fits(n block.Count) bool {
+func (s *Store) fits(n block.Count, w Want) bool {
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
 	free, _ := s.segments.room()
-	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.segments.cleanReserve() <= uint64(free)
+	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.kept(w) <= uint64(free)
 }
 
 // MakeRoom blocks until a reservation of n blocks may succeed: it takes
 // checkpoints and cleans segments. The error wraps ErrNoSpace when what is alive
 // leaves no room, however it is arranged. The caller, or another goroutine by
 // way of NeedCommit, goes on committing.
-func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
+func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
@@ -209,7 +209,7 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if s.fits(n) {
+		if s.fits(n, w) {
 			return nil
 		}
 		if free, _ := s.segments.room(); free > most {
@@ -222,7 +222,7 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
 			if err := s.Checkpoint(); err != nil {
 				return err
 			}
-			if s.fits(n) {
+			if s.fits(n, w) {
 				return nil
 			}
 			if s.segments.emptying() == 0 {
@@ -235,7 +235,7 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count) error {
 			}
 			continue
 		}
-		if !s.canFit(n) {
+		if !s.canFit(n, w) {
 			return fmt.Errorf("store: %d blocks do not fit beside what is stored: %w", n, ErrNoSpace)
 		}
 		progress, err := c.clean(true)
@@ -317,7 +317,7 @@ const fruitlessMax = 64
 // canFit tells whether a reservation of n blocks would find free segments if what
 // is alive were packed: all of it, but for the part of each segment that cleaning
 // does not care for.
-func (s *Store) canFit(n block.Count) bool {
+func (s *Store) canFit(n block.Count, w Want) bool {
 	s.mu.RLock()
 	nodes, before := s.mu.root.Nodes, s.mu.replay
 	s.mu.RUnlock()
@@ -325,7 +325,7 @@ func (s *Store) canFit(n block.Count) bool {
 	dead, live := s.segments.garbage(before)
 	size := uint64(s.segments.size)
 	dead -= min(dead, (dead+live)/cleanGain)
-	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.segments.cleanReserve() <= uint64(free)+s.segments.emptying()+dead/size
+	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.kept(w) <= uint64(free)+s.segments.emptying()+dead/size
 }
 
 // errNoRoom says that the cleaner's reserve is used up until the next checkpoints.
@@ -703,6 +703,7 @@ func (c *cleaner) copyRecord(h header, stored []byte, sequence uint64) error {
 	ok := s.untouchedLocked(block.Span(h.start, h.count), sequence)
 	s.mu.RUnlock()
 	if !ok && !mutant.Is(mutant.CopyOverNewer) {
+		s.touched.note(block.Span(h.start, h.count)) // for recompression
 		return nil
 	}
 	if h.codec == 0 {
@@ -752,6 +753,8 @@ func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
 			insertBlob(s.mu.open, extents.Data, x.header, x.ref)
 			entered += x.count
 			s.metrics.movedBytes.Add(uint64(x.ref.length))
+		} else {
+			s.touched.note(block.Span(x.start, x.count)) // for recompression
 		}
 	}
 	c.pending = c.pending[:0]
@@ -813,7 +816,7 @@ func (c *cleaner) work() (worked, busy bool) {
 	before, nodes := s.mu.replay, s.mu.root.Nodes
 	s.mu.RUnlock()
 	free, _ := s.segments.room()
-	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.segments.cleanReserve()+max(4, uint64(s.segments.total.Load())/64)
+	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.kept(Growth)+max(4, uint64(s.segments.total.Load())/64)
 	garbage, live := s.segments.garbage(before)
 	// Idle: a sixteenth of what is alive. While clients write, what dies by itself
 	// is not worth copying.

@@ -105,7 +105,7 @@ type Geometry struct {
 	DirtyMax     uint64 // the largest dirty limit that a server may use, in bytes (rule R8)
 }
 
-// encode puts g without its UUID into the first 40 bytes of b:
+// geometrySize is the size of an encoded geometry without its UUID:
 //
 //	0     8   device size
 //	8     8   capacity
@@ -115,6 +115,8 @@ type Geometry struct {
 //	25    1   default level
 //	26    6   reserved
 //	32    8   largest dirty limit
+const geometrySize = 40
+
 func (g *Geometry) encode(b []byte) {
 	le := binary.LittleEndian
 	le.PutUint64(b, g.DeviceSize)

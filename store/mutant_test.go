@@ -90,7 +90,7 @@ func fullStore(seed uint64) error {
 	}
 	defer c.Store.Close()
 	for at := 0; ; at = (at + 16) % 4096 {
-		if err := c.Reserve(16); errors.Is(err, ErrNoSpace) {
+		if err := c.Reserve(16, Growth); errors.Is(err, ErrNoSpace) {
 			return c.commit()
 		} else if err != nil {
 			return err

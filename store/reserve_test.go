@@ -153,7 +153,7 @@ func TestReservedFitsOnFullHost(t *testing.T) {
 		c.closeClean() // leaves nothing allocated ahead
 		d = d.Clone()
 		c = openCommitted(t, d, Options{})
-		must(t, c.Reserve(blobs*ExtentBlocksMax))
+		must(t, c.Reserve(blobs*ExtentBlocksMax, Growth))
 		if checkpoint {
 			must(t, c.Checkpoint())
 		}
@@ -167,7 +167,7 @@ func TestReservedFitsOnFullHost(t *testing.T) {
 		if err := c.commit(); err != nil {
 			t.Fatalf("checkpoint %v: %v", checkpoint, err)
 		}
-		if err := c.Reserve(4000); !errors.Is(err, ErrNoSpace) {
+		if err := c.Reserve(4000, Growth); !errors.Is(err, ErrNoSpace) {
 			t.Errorf("checkpoint %v: more on a full host: %v, want ErrNoSpace", checkpoint, err)
 		}
 		must(t, c.Close())
@@ -225,7 +225,7 @@ func TestOverlayOfManyExtents(t *testing.T) {
 		must(t, c.blob(i*32, 32, 0x55555555))
 	}
 	must(t, c.commit())
-	within(t, "reserve", func() error { return c.Reserve(1) })
+	within(t, "reserve", func() error { return c.Reserve(1, Growth) })
 	c.Release(1)
 }
 
@@ -238,7 +238,7 @@ func TestTrimsOnFullStore(t *testing.T) {
 	o := Options{Warn: func(msg string, err error) { t.Errorf("warning: %s: %v", msg, err) }}
 	c := openCommitted(t, d, o)
 	blocks := 0
-	for ; c.Reserve(16) == nil; blocks += 16 {
+	for ; c.Reserve(16, Growth) == nil; blocks += 16 {
 		must(t, c.blob(blocks, 16, 0xffff))
 		c.Release(16)
 	}
@@ -307,7 +307,7 @@ func TestFailedPunch(t *testing.T) {
 	must(t, Format(d, testGeometry(1024, 100)))
 	warned := 0
 	c := openCommitted(t, d, Options{Warn: func(string, error) { warned++ }})
-	must(t, c.Reserve(1024)) // allocates far more than is kept
+	must(t, c.Reserve(1024, Growth)) // allocates far more than is kept
 	c.Release(1024)
 	d.Inject(disktest.Fault{Kinds: disktest.Punch, Times: 2, Err: syscall.EIO})
 	for range 4 {

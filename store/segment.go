@@ -19,7 +19,7 @@ const (
 	// segmentsMin is the fewest segments that a store can work with: one being
 	// written, its successor, the reserves, what changes of the map need, and one for
 	// data.
-	segmentsMin = reserveSegments + cleanSegments + 4
+	segmentsMin = reserveSegments + cleanSegments + 2*growthSegments + 4
 
 	// reserveSegments are kept from client writes, so that commits, trims and
 	// checkpoints always find room (rule R8).
@@ -31,6 +31,11 @@ const (
 	// the former have their space on the host: how full that is changes little.
 	cleanSegments = 4
 	cleanReserve  = 32
+
+	// growthSegments, or one in growthReserve if that is more, are kept from each
+	// kind of reservation for the next one (see Want).
+	growthSegments = 2
+	growthReserve  = 64
 
 	// warmSegments is how many freed segments keep their space on the host:
 	// overwriting written blocks makes a sync cheaper than extending the file.
@@ -295,6 +300,11 @@ func (t *segments) usable() uint64 {
 // cleanReserve is the number of segments that are kept for the cleaner.
 func (t *segments) cleanReserve() uint64 {
 	return max(cleanSegments, uint64(t.total.Load())/cleanReserve)
+}
+
+// growthReserve is the number of segments that one kind of Want leaves to the next.
+func (t *segments) growthReserve() uint64 {
+	return max(growthSegments, uint64(t.total.Load())/growthReserve)
 }
 
 // room is the number of free segments, and of those with space on the host.

@@ -605,11 +605,30 @@ func (s *Store) readBlobFrom(f io.ReaderAt, dst []byte, ref blobRef) error {
 	return nil
 }
 
+// A Want says what a reservation is for. When a store is nearly full the earlier
+// ones are refused first, so that a filesystem on a thin device that is full can
+// still write its journal and what else it has of its own, delete files and trim.
+type Want uint8
+
+const (
+	// Growth is for blocks that may not be stored yet.
+	Growth Want = iota
+	// SmallGrowth is the same for a request of at most SmallBlocks, as journals and
+	// inodes are written, and as most data is not.
+	SmallGrowth
+	// Overwriting is for blocks that are stored: what they take now comes back.
+	Overwriting
+
+	// SmallBlocks is just less than the 128 KiB into which the kernel's nbd driver
+	// cuts large writes.
+	SmallBlocks block.Count = 31
+)
+
 // Reserve promises space for n blocks of writes in their worst case, in
 // segments that have space on the host. It may ask the host for more. If there
 // is none, the error wraps ErrNoSpace and nothing is reserved; space that a
 // checkpoint would free, or the cleaner, is not waited for: see MakeRoom.
-func (s *Store) Reserve(n block.Count) error {
+func (s *Store) Reserve(n block.Count, w Want) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
@@ -629,7 +648,7 @@ func (s *Store) Reserve(n block.Count) error {
 	total := s.reserved.Add(int64(n)) // before the look at the segments: see chill
 	free, warm := s.segments.room()
 	want := s.segmentsFor(total, nodes)
-	fits := want+s.segments.cleanReserve() <= uint64(free)
+	fits := want+s.kept(w) <= uint64(free)
 	if !fits {
 		s.reserved.Add(-int64(n))
 	}
@@ -677,6 +696,12 @@ func (s *Store) Release(n block.Count) {
 
 // blockWorst is what one block takes at worst: a record of its own, raw.
 const blockWorst = block.Size + recordHeader
+
+// kept is how many segments such a reservation leaves free, beside those of
+// segmentsFor.
+func (s *Store) kept(w Want) uint64 {
+	return s.segments.cleanReserve() + uint64(Overwriting-w)*s.segments.growthReserve()
+}
 
 // segmentsFor is how many free segments writes of n blocks need at worst, with what
 // is kept from them for commits and checkpoints, but not for the cleaner. nodes is

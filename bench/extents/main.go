@@ -129,7 +129,7 @@ func (b bench) append(count int, clean bool) error {
 	g := s.Geometry()
 	for i := 0; i < count; i += 256 {
 		n := min(256, count-i)
-		if err := s.Reserve(block.Count(n)); err != nil { // and waits for the checkpoint
+		if err := s.Reserve(block.Count(n), store.Growth); err != nil { // and waits for the checkpoint
 			return err
 		}
 		appends.Lock()
