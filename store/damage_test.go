@@ -20,6 +20,7 @@ type damageStore struct {
 	disk *disktest.Disk
 	want map[block.Index][]byte // stored bytes by block; the others are holes
 	used []byteRange            // of the file, that a store has ever written
+	last int64                  // where the newest segment lies, whose header alone names the last commit as durable
 
 	states []map[block.Index][]byte // want at each commit that changed something
 }
@@ -76,6 +77,7 @@ func newDamageStore(t *testing.T, stopped bool) *damageStore {
 	}
 	d = d.Clone()
 	c = openCommitted(t, d, opts) // names the commit before as durable
+	s.last = c.segments.base(c.log.mu.head.number)
 	must(t, c.Close())
 	s.disk = d.Crash(disktest.LoseAll)
 	s.used = []byteRange{{0, superblockSize}, {superblockStride, superblockSize}}
