@@ -183,7 +183,7 @@ func TestSpaceOfLargeTrim(t *testing.T) {
 	const size, unit = 32 << 20, 1 << 20
 	f := disktest.New(1, disktest.Options{})
 	g := testGeometry(size, compression.None)
-	g.Capacity = 90 * store.SegmentSizeMin
+	g.Capacity = 100 * store.SegmentSizeMin
 	format(t, f, g)
 	d := open(t, f, Options{CacheBytes: 8 << 20, Workers: 2, trimLeaves: 1})
 	// Every other block is zeros, so that the map has many leaves.
