@@ -186,6 +186,10 @@ func (p *powerCuts) readStore(f *disktest.Disk, all []byte) (err error) {
 // of the history has left. While it is opened the power goes again, and what has
 // been seen once must then be there still.
 func (p *powerCuts) sweep(judge func(all []byte, at int64) error) error {
+	if n := p.disk.Ops() - p.from; n > 1000 {
+		// Less than a hundred are usual.
+		return fmt.Errorf("%d operations of the disk for some dozens of requests: something went round and round", n)
+	}
 	for _, k := range p.kills {
 		if err := p.killed(k, judge); err != nil {
 			return fmt.Errorf("killed at operation %d: %w", k.at, err)

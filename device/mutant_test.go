@@ -20,7 +20,7 @@ func TestMutants(t *testing.T) {
 		tries int
 		try   func(seed uint64) error
 	}{
-		{"mixed epochs", mutant.EpochLeak, 60, many},
+		{"mixed epochs", mutant.EpochLeak, 200, many},
 		{"commit without sync", mutant.CommitWithoutSync, 20, one},
 		{"open without sync", mutant.OpenWithoutSync, 20, many},
 		{"copy over newer", mutant.CopyOverNewer, 100, many},
