@@ -55,6 +55,9 @@ func ParseURI(s string) (URI, error) {
 		if u.Hostname() == "" {
 			return fault(errors.New("no host"))
 		}
+		if u.Host[0] != '[' && strings.ContainsAny(u.Hostname(), "[]:") {
+			return fault(fmt.Errorf("host %q: an IPv6 address stands in brackets", u.Hostname()))
+		}
 		port := u.Port()
 		if port == "" {
 			port = strconv.Itoa(DefaultPort)

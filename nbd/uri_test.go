@@ -41,7 +41,7 @@ func TestURI(t *testing.T) {
 	for _, in := range []string{
 		"", "example.org", "http://example.org/", "nbdx://example.org/", "nbd+vsock://1/", "nbds+tcp://h/", "+unix:///?socket=/s", "nbd:///", "nbd://h:0/", "nbd://h:65536/", "nbd://h:x/",
 		"nbd+unix:///", "nbd+unix:///disk?socket=", "nbd+unix://host/?socket=/s", "nbd+unix:///?socket=%00", "nbd+unix:///?socket=%zz",
-		"nbd://h/%ff", "nbd://h/a%00b",
+		"nbd://h/%ff", "nbd://h/a%00b", "nbd://]", "nbd://a[b/", "nbd://::1/", "nbd://a]:1/",
 	} {
 		if u, err := ParseURI(in); err == nil {
 			t.Errorf("ParseURI(%q) = %+v", in, u)
