@@ -112,6 +112,11 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 	row("overhead", "%s of the backing are not stored data", size(st.Overhead))
 	row("on the host", "%s", size(s.HostBytes))
 	row("capacity", "%s: %s in use, %s free", size(st.Capacity), size(s.UsedBytes), size(s.FreeBytes))
+	row("garbage", "%s in segments that are partly alive, for the cleaner", size(s.GarbageBytes))
+	if st.Served && (s.Moved > 0 || s.Recompressed > 0 || s.Shortages > 0) {
+		row("cleaner", "%d segments cleaned, %s moved, %s recompressed since the start; writes waited %d times for space",
+			s.Cleaned, size(s.Moved), size(s.Recompressed), s.Shortages)
+	}
 	row("codec", "%s, extents of %s", st.Codec, config.Size(st.ExtentSize))
 	if m := st.Server; m != nil {
 		row("clients", "%d of at most %d, for all exports of the server; %d refusals since it started", m.Connections, m.ConnectionsMax, m.Refusals())
