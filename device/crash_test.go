@@ -466,9 +466,10 @@ func stall(d *Device, stop chan struct{}) {
 	}
 }
 
-// compact has the cleaner at work all the time.
+// compact has the cleaner at work beside the clients: now and then, for its
+// checkpoints are operations of the disk, each of which is cut.
 func compact(d *Device, stop chan struct{}) {
-	for {
+	for range 3 {
 		select {
 		case <-stop:
 			return
