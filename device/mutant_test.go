@@ -23,7 +23,6 @@ func TestMutants(t *testing.T) {
 		{"mixed epochs", mutant.EpochLeak, 200, many},
 		{"commit without sync", mutant.CommitWithoutSync, 20, one},
 		{"open without sync", mutant.OpenWithoutSync, 20, many},
-		{"copy over newer", mutant.CopyOverNewer, 100, many},
 	} {
 		t.Run(m.name, func(t *testing.T) { mutant.Caught(t, m.m, disktest.Seed(t), m.tries, m.try) })
 	}
