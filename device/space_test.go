@@ -371,3 +371,33 @@ func TestRecompressed(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestHostFull: on a host that is full a write is refused, soon, and taken when
+// there is space again.
+func TestHostFull(t *testing.T) {
+	o := smallOptions(t)
+	f := disktest.New(1, disktest.Options{Capacity: 12 << 20})
+	format(t, f, testGeometry(64<<20, compression.None))
+	d := open(t, f, o)
+	page := make([]byte, 16*block.Size)
+	fill(page, 7)
+	at := int64(0)
+	var err error
+	for ; err == nil; at += int64(len(page)) {
+		_, err = d.WriteAt(page, at)
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("at %d: %v, want ENOSPC", at, err)
+	}
+	if n := f.Counts().Allocates; n > 1000 {
+		t.Errorf("the host was asked for space %d times", n)
+	}
+	f.SetCapacity(64 << 20)
+	if _, err := d.WriteAt(page, at); err != nil {
+		t.Errorf("with more space on the host: %v", err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f.Clone())
+}

@@ -102,10 +102,20 @@ func (d *Device) reserve(ctx context.Context, n block.Count, in ...block.Range) 
 	if n <= store.SmallBlocks {
 		w = store.SmallGrowth
 	}
-	for {
+	for tries := 0; ; tries++ {
 		err := d.store.Reserve(n, w)
 		if err == nil || !errors.Is(err, store.ErrNoSpace) {
 			return d.noSpace(err)
+		}
+		if errors.Is(err, store.ErrHostFull) {
+			// What two checkpoints set free has its space on the host still.
+			if tries > 2 {
+				return d.noSpace(err)
+			}
+			if err := d.store.Checkpoint(); err != nil {
+				return d.noSpace(err)
+			}
+			continue
 		}
 		err = d.store.MakeRoom(ctx, n, w)
 		switch {
@@ -370,9 +380,20 @@ func (o *oldBlock) release(d *Device) {
 	}
 }
 
-// dirtyRangesMax bounds the memory of the state tree: trims and writes of single
-// blocks far from each other are committed when there are so many.
-const dirtyRangesMax = 64 << 10
+// dirtyRangesMax bounds the memory of the state tree, and rangeBytes, which is more
+// than the record of one takes, the part of the log's reserve that trims use before
+// anybody looks: trims and writes of single blocks far from each other are committed
+// when there are so many.
+const (
+	dirtyRangesMax = 64 << 10
+	rangeBytes     = 64
+)
+
+// rangesMax is the number of dirty ranges from which on trims have them committed.
+func (d *Device) rangesMax() int {
+	g := d.store.Geometry()
+	return min(dirtyRangesMax, int(g.SegmentSize)/rangeBytes)
+}
 
 // Trim makes the whole blocks inside [off, off+n) read as zeros and frees their
 // space; the parts of blocks at the edges keep their data. It is answered at
@@ -421,7 +442,7 @@ func (d *Device) bound(ctx context.Context) error {
 			}
 		}
 	}
-	if d.epochs.Open().State.Ranges() < dirtyRangesMax {
+	if d.epochs.Open().State.Ranges() < d.rangesMax() {
 		return nil
 	}
 	return d.Flush(ctx)

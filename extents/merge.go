@@ -131,12 +131,17 @@ type frame struct {
 
 // visit works off what concerns the child c of this level.
 func (m *merger) visit(level uint8, c child, route block.Range) error {
-	if !m.concerned(level, c.keys, route) {
+	changed := m.changed(level, c.keys, route)
+	if !changed && !m.evacuating(route) {
 		m.leave(c.keys)
 		return m.keep(level, c)
 	}
 	n, hot, err := m.t.peek(level, c)
 	switch {
+	case isLost(err) && !changed:
+		// It was only to be moved: whoever reads it later may have more luck.
+		m.leave(c.keys)
+		return m.keep(level, c)
 	case isLost(err):
 		if m.lost++; m.lost > lostNodesMax && errors.Is(err, ErrUnreadable) {
 			return err
@@ -251,9 +256,9 @@ func (m *merger) evacuates(c child, route block.Range) bool {
 	return false
 }
 
-// concerned reports whether the node of this level and range has to be read,
+// changed reports whether the node of this level and range has to be read,
 // for changes that cannot wait or for trims that the budget allows for.
-func (m *merger) concerned(level uint8, keys, route block.Range) bool {
+func (m *merger) changed(level uint8, keys, route block.Range) bool {
 	must, trimmed := false, false
 	m.changes.Ascend(route.Start, func(e Extent) bool {
 		if e.Start >= route.End {
@@ -269,7 +274,7 @@ func (m *merger) concerned(level uint8, keys, route block.Range) bool {
 		}
 		return !must
 	})
-	if must || m.evacuating(route) {
+	if must {
 		return true
 	}
 	if m.budget <= 0 || !trimmed && !m.pending.Overlaps(keys) {
@@ -297,7 +302,7 @@ func (m *merger) alters(n *node, route block.Range) (alters bool) {
 }
 
 // leave leaves the trims of keys, whose node is kept unread, for later. A hole
-// of changes covers all of keys or none: see concerned.
+// of changes covers all of keys or none: see changed.
 func (m *merger) leave(keys block.Range) {
 	if e, ok := m.changes.after(keys.Start); ok && e.Range().Covers(keys) {
 		m.left.Add(keys)

@@ -200,6 +200,12 @@ func (m *mapModel) merge(leafBudget int) {
 	m.t.Helper()
 	_, nodes, _ := m.reach()
 	damaged := m.damaged(nodes)
+	hidden := make(map[Pointer]bool) // the damaged nodes and those below them
+	for _, below := range damaged {
+		for p := range below.nodes {
+			hidden[p] = true
+		}
+	}
 	// Now and then the nodes of one segment have to leave it.
 	var evacuation Evacuation
 	var leaving []WalkNode
@@ -235,6 +241,9 @@ func (m *mapModel) merge(leafBudget int) {
 		}
 	}
 	for _, w := range leaving {
+		if hidden[w.Pointer] {
+			continue // it stays unless something has to be done to it
+		}
 		if slices.ContainsFunc(nodes, func(n WalkNode) bool { return n.Pointer == w.Pointer }) {
 			m.t.Fatalf("the node of %v of level %d is still in segment %d", w.Keys, w.Level, w.Places[0].Segment)
 		}

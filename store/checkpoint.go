@@ -15,12 +15,12 @@ type snapshot struct {
 }
 
 // takeSnapshot makes the commit just appended the one of a checkpoint, unless
-// one is still running. REQUIRES: s.log.mu held, and called by the ordered side,
+// one is still running, or the cleaner has copies that are not in the map yet. REQUIRES: s.log.mu held, and called by the ordered side,
 // so that nothing is entered in the overlay between the record and this.
 func (s *Store) takeSnapshot(epoch uint64) *snapshot {
 	s.progress.Lock()
 	defer s.progress.Unlock()
-	if s.progress.running {
+	if s.progress.running || s.cleaner.copying {
 		return nil
 	}
 	s.progress.running = true

@@ -30,10 +30,8 @@ import (
 // with the log's lock held when the copy is appended, so the copy stands in the
 // log before all that is newer; and again when the copy has been written, and
 // the map is to lead to it: until then readers find the old place, which a View
-// holds. A checkpoint between the two ends the attempt. If one was begun between
-// them, its map leads to the old place, which stays because that map refers to
-// it, while the copy stays because its segment can be counted as empty by that
-// checkpoint at the earliest, and the next one will refer to it.
+// holds. No checkpoint begins between the two, or it might count the segment that
+// the copy is in as empty; one that ends there ends the attempt.
 //
 // An extent that is a whole blob is copied as it is. A blob that was overwritten
 // in part is decoded, and each run of blocks that is left is encoded anew.
@@ -98,6 +96,10 @@ type cleaner struct {
 	// claimed are the bytes, and moving the extents, that are about to be
 	// appended; nodes the map nodes that the next checkpoint is to move.
 	claimed, moving, nodes atomic.Int64
+
+	// copying says that copies have been appended that are not in the map yet: no
+	// checkpoint begins meanwhile. Guarded by log.mu.
+	copying bool
 
 	// The rest belongs to whose turn it is.
 	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
@@ -229,6 +231,14 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 				break
 			}
 		}
+		if s.segments.pinned() {
+			// Readers are at what would be free. They do not take long, and more
+			// checkpoints would only take more of the log.
+			if err := s.waitUnpinned(ctx); err != nil {
+				return err
+			}
+			continue
+		}
 		if left := s.trimsPending(); left != pending {
 			if left < pending {
 				fruitless = 0
@@ -308,6 +318,23 @@ func (s *Store) Compact(ctx context.Context, progress func(dead, live uint64)) e
 		return fmt.Errorf("store: %w", err)
 	}
 	return s.segments.sweep(ctx, s.file, size)
+}
+
+// waitUnpinned blocks while readers keep empty segments from being free.
+func (s *Store) waitUnpinned(ctx context.Context) error {
+	ticker := time.NewTicker(10 * time.Millisecond) // a rare case, and unpinning is a frequent one
+	defer ticker.Stop()
+	for s.segments.pinned() {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-ticker.C:
+		}
+		if err := s.Err(); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // fruitlessMax is how often MakeRoom goes on, each time with as much cleaning as is
@@ -395,19 +422,22 @@ func (c *cleaner) evacuate(v victim) (moved bool, err error) {
 		moved = c.evacuateNodes(v.number, nodes)
 	}
 	copied, all, err := c.move(v.number, live, view.version)
+	moved = moved || copied
 	s.mu.RLock()
 	stale = s.mu.sequence != view.version
 	s.mu.RUnlock()
 	switch {
-	case err != nil:
-	case all:
-		s.metrics.cleaned.Add(1)
-	case stale:
+	case stale && err == nil:
 		return true, nil // a checkpoint has ended the attempt
-	default:
+	case moved || err == nil:
+		// Until the next checkpoint nothing changes here; and if nothing does then,
+		// what is left cannot be moved.
 		c.giveUp(v)
 	}
-	return moved || copied, err
+	if all {
+		s.metrics.cleaned.Add(1)
+	}
+	return moved, err
 }
 
 // giveUp has v left alone until less is alive in it.
@@ -425,19 +455,29 @@ func (c *cleaner) survey(v victim, root extents.Root, sequence uint64) (live []e
 	s := c.s
 	c.records = c.records[:0]
 	w := &recordWindow{file: s.file, number: v.number, base: s.segments.base(v.number), seed: v.seed, limit: s.segments.size, buf: c.window, start: segmentData}
-	for off := uint32(segmentData); off < w.limit && len(c.records) < cleanRecords; {
+	for off, unread := uint32(segmentData), 0; off < w.limit; {
+		if len(c.records) == cleanRecords {
+			if live, err = c.resolve(v, root, sequence, live); err != nil {
+				return nil, nil, err
+			}
+			if len(live) > 0 {
+				break // the rest is for the next time
+			}
+		}
 		h, _, at, err := w.next(off)
 		if err == io.EOF {
 			break
 		}
-		if errors.Is(err, ErrCorrupt) {
+		if err != nil && !errors.Is(err, ErrCorrupt) {
+			if unread++; unread > 64 {
+				return nil, nil, err
+			}
+		}
+		if err != nil {
 			// The end, unless it is damage: then there is more behind the next
 			// border at which a commit has ended.
 			off = (at + alignment) &^ (alignment - 1)
 			continue
-		}
-		if err != nil {
-			return nil, nil, err
 		}
 		off = h.end(at)
 		switch h.kind {
@@ -446,7 +486,7 @@ func (c *cleaner) survey(v victim, root extents.Root, sequence uint64) (live []e
 		case recordNode:
 			head, err := w.bytes(at+recordHeader, h.length)
 			if err != nil {
-				return nil, nil, err
+				continue
 			}
 			level, first, ok := extents.NodeKey(head)
 			if !ok || len(nodes) == cleanChanges {
@@ -464,6 +504,20 @@ func (c *cleaner) survey(v victim, root extents.Root, sequence uint64) (live []e
 		}
 	}
 	c.window = w.buf
+	if live, err = c.resolve(v, root, sequence, live); err != nil {
+		return nil, nil, err
+	}
+	slices.SortFunc(live, func(a, b extents.Extent) int {
+		return cmp.Or(cmp.Compare(a.Addr.Offset, b.Addr.Offset), cmp.Compare(a.Start, b.Start))
+	})
+	slices.Sort(nodes)
+	return live, slices.Compact(nodes), nil
+}
+
+// resolve appends the extents of the tree that lie in the records that survey has
+// found so far, and that nothing newer hides, to live. The records are forgotten.
+func (c *cleaner) resolve(v victim, root extents.Root, sequence uint64, live []extents.Extent) ([]extents.Extent, error) {
+	s := c.s
 	// Leaves of the map are looked at in their order.
 	slices.SortFunc(c.records, func(a, b liveRecord) int {
 		return cmp.Or(cmp.Compare(a.r.Start, b.r.Start), cmp.Compare(a.offset, b.offset))
@@ -481,15 +535,12 @@ func (c *cleaner) survey(v victim, root extents.Root, sequence uint64) (live []e
 				return nil
 			})
 			if err != nil {
-				return nil, nil, err
+				return nil, err
 			}
 		}
 	}
-	slices.SortFunc(live, func(a, b extents.Extent) int {
-		return cmp.Or(cmp.Compare(a.Addr.Offset, b.Addr.Offset), cmp.Compare(a.Start, b.Start))
-	})
-	slices.Sort(nodes)
-	return live, slices.Compact(nodes), nil
+	c.records = c.records[:0]
+	return live, nil
 }
 
 // visible returns the parts of r, as extents of kind inTree, of which only the
@@ -528,7 +579,7 @@ func (c *cleaner) evacuateNodes(number uint32, keys []block.Index) bool {
 	ev.keys = slices.Compact(ev.keys)
 	ev.segments[number] = true
 	c.nodes.Add(int64(len(ev.keys) - was))
-	return true
+	return len(ev.keys) > was
 }
 
 // takeEvacuation returns the nodes that a checkpoint is to move.
@@ -725,6 +776,7 @@ func (c *cleaner) copyRecord(h header, stored []byte, sequence uint64) error {
 
 // appendLocked appends one data record. REQUIRES: s.log.mu held.
 func (c *cleaner) appendLocked(h header, stored []byte) error {
+	c.copying = true
 	ref, err := c.s.log.appendLocked(h, stored)
 	if err == nil {
 		c.pending = append(c.pending, copied{h, ref})
@@ -735,14 +787,20 @@ func (c *cleaner) appendLocked(h header, stored []byte) error {
 // enter waits until the copies are written and has the map lead to those whose
 // blocks nothing newer has been appended for. It returns how many blocks that are.
 func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
-	if len(c.pending) == 0 {
-		return 0, nil
-	}
 	s, l := c.s, c.s.log
 	l.mu.Lock()
+	if !c.copying {
+		l.mu.Unlock()
+		return 0, nil
+	}
 	l.padLocked()
 	queued := l.mu.queued
 	l.mu.Unlock()
+	defer func() {
+		l.mu.Lock()
+		c.copying = false
+		l.mu.Unlock()
+	}()
 	if err := l.waitWritten(queued); err != nil {
 		return 0, err
 	}

@@ -2,10 +2,13 @@ package store
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"syscall"
 	"testing"
+	"time"
 
 	"cnbd/extents"
 	"cnbd/internal/block"
@@ -178,5 +181,143 @@ func TestCleanDamaged(t *testing.T) {
 	if stayed != 1 || warned == 0 {
 		t.Errorf("%d damaged blobs have stayed, %d warnings", stayed, warned)
 	}
+	must(t, c.Close())
+}
+
+// nodesAmongData is a store with a segment in which map nodes and data are alive
+// beside much that is dead, and the place of a leaf in it.
+func nodesAmongData(t *testing.T, o Options) (c *committed, d *disktest.Disk, leaf extents.Place) {
+	const blocks = 8192
+	d = disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(blocks, 400)))
+	c = openCommitted(t, d, o)
+	for _, half := range []int{0, blocks / 2} {
+		for start := half; start < half+blocks/2; start += 8 {
+			must(t, c.blob(start, 8, 0x55))
+		}
+		must(t, c.commit())
+		must(t, c.Checkpoint())
+	}
+	for start := blocks / 2; start < blocks; start += 32 {
+		must(t, c.hole(block.Span(block.Index(start), 24)))
+	}
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	must(t, c.Checkpoint())
+	p, ok, err := c.tree.Locate(c.Store.mu.root, 0, 0)
+	if err != nil || !ok {
+		t.Fatal(ok, err)
+	}
+	return c, d, p.Places[0]
+}
+
+// TestIdleCleanerEnds: an idle store is cleaned, map nodes included, and then
+// nothing more is done.
+func TestIdleCleanerEnds(t *testing.T) {
+	c, _, _ := nodesAmongData(t, Options{})
+	c.StartCleaning(CleanerOptions{Period: time.Millisecond})
+	deadline := time.Now().Add(30 * time.Second)
+	quiet := 0
+	for last := uint64(0); quiet < 200; quiet++ {
+		dead, live := c.segments.garbage(1 << 60)
+		n := c.metrics.cleaned.Load() + c.metrics.checkpoints.Load()
+		if n != last || dead > live/16+5*SegmentSizeMin {
+			last, quiet = n, 0
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("%d segments cleaned, %d bytes dead, %d alive, %d nodes to be moved", c.metrics.cleaned.Load(), dead, live, c.cleaner.nodes.Load())
+		}
+		time.Sleep(time.Millisecond) // polling: the cleaner tells nobody
+	}
+	must(t, c.Close())
+}
+
+// TestEvacuationOfUnreadableLeaf: a leaf that cannot be read when it is only to be
+// moved stays where it is, and can be read when the medium gives it again.
+func TestEvacuationOfUnreadableLeaf(t *testing.T) {
+	c, d, leaf := nodesAmongData(t, Options{MapCacheBytes: 1})
+	evacuated := false
+	c.cleaner.turn <- struct{}{}
+	for _, v := range c.segments.victims(c.Store.mu.replay, true, func(uint64, uint64) bool { return false }) {
+		if v.number == leaf.Segment {
+			_, err := c.cleaner.evacuate(v)
+			must(t, err)
+			evacuated = c.cleaner.nodes.Load() > 0
+		}
+	}
+	<-c.cleaner.turn
+	if !evacuated {
+		t.Fatal("no node is to be moved")
+	}
+	d.Inject(disktest.Fault{Kinds: disktest.Read, Off: c.segments.base(leaf.Segment) + int64(leaf.Offset), Len: 1, Times: 1 << 20, Err: syscall.EIO})
+	must(t, c.Checkpoint())
+	d.ClearFaults()
+	list, err := c.Lookup(block.Span(0, 8192), nil)
+	must(t, err)
+	for _, e := range list {
+		if e.Kind == extents.Lost {
+			t.Fatalf("%v is lost, which nobody has written to", e.Range())
+		}
+	}
+	must(t, c.Close())
+}
+
+// TestCleanManyRecords: a segment of more records than are looked at in one go is
+// cleaned to its end.
+func TestCleanManyRecords(t *testing.T) {
+	const blocks = 240000
+	d := disktest.New(1, disktest.Options{})
+	g := testGeometry(blocks, 0)
+	g.SegmentSize = 16 << 20
+	g.Capacity = 40 * uint64(g.SegmentSize)
+	must(t, Format(d, g))
+	c := openCommitted(t, d, Options{CheckpointRecords: 1 << 20})
+	for b := range blocks {
+		must(t, c.AppendData(extents.Blob{Start: block.Index(b), Count: 1, Present: 1, Codec: 2, Level: 1, Parts: [][]byte{{byte(b), byte(b >> 8), byte(b >> 16)}}}))
+	}
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	for b := 0; b < blocks; b += 4 {
+		must(t, c.hole(block.Span(block.Index(b), 3)))
+	}
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	first, err := c.Lookup(block.Span(3, 1), nil)
+	must(t, err)
+	must(t, c.Compact(t.Context(), nil))
+	list, err := c.Lookup(block.Span(0, blocks), nil)
+	must(t, err)
+	for _, e := range list {
+		if e.Kind == extents.Data && e.Addr.Segment == first[0].Addr.Segment {
+			t.Fatalf("%v is still in segment %d", e.Range(), e.Addr.Segment)
+		}
+	}
+	must(t, c.Close())
+}
+
+// TestRoomBehindReader: while a reader is at what would be free, a write waits for it
+// and neither is refused nor uses the log up with checkpoints.
+func TestRoomBehindReader(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(4096, 60)))
+	c := openCommitted(t, d, Options{})
+	for i := 0; c.Reserve(8, Growth) == nil; i++ {
+		must(t, c.blob(i%128*8, 8, 0xff))
+		c.Release(8)
+	}
+	v := c.View()
+	before := c.metrics.checkpoints.Load()
+	ctx, cancel := context.WithTimeout(t.Context(), 200*time.Millisecond)
+	if err := c.MakeRoom(ctx, 8, Growth); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("with a reader: %v", err)
+	}
+	cancel()
+	if n := c.metrics.checkpoints.Load() - before; n > 8 {
+		t.Errorf("%d checkpoints while waiting for a reader", n)
+	}
+	done := make(chan error, 1)
+	go func() { done <- c.MakeRoom(t.Context(), 8, Growth) }()
+	c.Unview(v)
+	within(t, "room", func() error { return <-done })
 	must(t, c.Close())
 }

@@ -89,7 +89,6 @@ func (s *Store) Resize(bytes, capacity uint64) error {
 		}
 	}
 	if shrinks {
-		// Nobody takes a segment meanwhile, so the answer of CanResize stands.
 		s.cleaner.turn <- struct{}{}
 		defer func() { <-s.cleaner.turn }()
 		if err := s.segments.shrink(s.file, next.Segments()); err != nil {
@@ -143,13 +142,26 @@ func (t *segments) last() (n uint32, ok bool) {
 	return n, ok
 }
 
-// shrink makes total the number of segments. Those beyond are free, and nobody
-// takes one meanwhile. Their space is given back to the host.
+// shrink makes total the number of segments, and gives the space of those beyond
+// back to the host. If one of them is in use by now, the error wraps ErrInUse and
+// nothing has changed.
 func (t *segments) shrink(f disk.File, total uint32) error {
 	if err := t.chill(f, func() uint32 { return 0 }); err != nil {
 		return err
 	}
+	t.alloc.Lock() // whoever punches has segments in use for the moment
+	defer t.alloc.Unlock()
 	t.mu.Lock()
+	for n := total; n < uint32(len(t.table)); n++ {
+		if t.table[n].state != segmentFree {
+			t.mu.Unlock()
+			return fmt.Errorf("store: segment %d is %w", n, ErrInUse)
+		}
+	}
+	if gone := t.total.Load() - total; t.free < gone+reserveSegments {
+		t.mu.Unlock()
+		return fmt.Errorf("store: too few segments would be free: %w", ErrNoSpace)
+	}
 	t.free -= t.total.Load() - total
 	t.total.Store(total)
 	if uint32(len(t.table)) > total {

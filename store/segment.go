@@ -269,10 +269,7 @@ func (t *segments) markEmpty(sequence, replaySerial uint64) {
 func (t *segments) release(sequence uint64) (freed []uint32) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	oldest := uint64(math.MaxUint64)
-	for v := range t.pins {
-		oldest = min(oldest, v)
-	}
+	oldest := t.oldestPinLocked()
 	for n := range t.table {
 		s := &t.table[n]
 		if s.state == segmentUsed && s.emptyAt != 0 && (s.emptyAt < sequence || mutant.Is(mutant.ReuseBehindOne)) && s.emptyAt <= oldest {
@@ -336,7 +333,7 @@ func (t *segments) allocate(f disk.File, n uint32) error {
 	if err := f.Allocate(t.base(n), int64(t.size)); err != nil {
 		// EFBIG: the filesystem has no larger files.
 		if errors.Is(err, syscall.ENOSPC) || errors.Is(err, syscall.EDQUOT) || errors.Is(err, syscall.EFBIG) {
-			return fmt.Errorf("store: the backing filesystem has no space for segment %d: %w: %w", n, ErrNoSpace, err)
+			return fmt.Errorf("store: the backing filesystem has no space for segment %d: %w: %w", n, ErrHostFull, err)
 		}
 		return fmt.Errorf("store: allocate segment %d: %w", n, err)
 	}
@@ -461,16 +458,40 @@ func (t *segments) lowestFree(most int) (free []uint32) {
 	return free
 }
 
-// emptying is the number of segments that are empty and not free yet.
+// emptying is the number of segments that are empty, and that the next checkpoint
+// sets free.
 func (t *segments) emptying() (count uint64) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
+	oldest := t.oldestPinLocked()
 	for n := range t.table {
-		if s := &t.table[n]; s.state == segmentUsed && s.emptyAt != 0 {
+		if s := &t.table[n]; s.state == segmentUsed && s.emptyAt != 0 && s.emptyAt <= oldest {
 			count++
 		}
 	}
 	return count
+}
+
+// pinned tells whether a segment is empty that only readers keep from being free.
+func (t *segments) pinned() bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	oldest := t.oldestPinLocked()
+	for n := range t.table {
+		if s := &t.table[n]; s.state == segmentUsed && s.emptyAt > oldest {
+			return true
+		}
+	}
+	return false
+}
+
+// oldestPinLocked is the oldest checkpoint that a reader is at. REQUIRES: t.mu held.
+func (t *segments) oldestPinLocked() uint64 {
+	oldest := uint64(math.MaxUint64)
+	for v := range t.pins {
+		oldest = min(oldest, v)
+	}
+	return oldest
 }
 
 // garbage is how many bytes of the segments that were begun before that serial

@@ -59,6 +59,8 @@ var (
 	// ErrNoSpace says that a write does not fit, into the store's capacity or
 	// onto the host.
 	ErrNoSpace = errors.New("no space left in the store")
+	// ErrHostFull is the ErrNoSpace of a host that is full.
+	ErrHostFull = fmt.Errorf("the host is full: %w", ErrNoSpace)
 	// ErrClosed is returned after Close.
 	ErrClosed = errors.New("store: closed")
 	// ErrReadOnly says that the store was opened for reading.
