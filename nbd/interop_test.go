@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -61,6 +62,19 @@ func background(t *testing.T, name string, args ...string) {
 		if t.Failed() {
 			t.Logf("%s: %v\n%s", name, cmd.ProcessState, &output)
 		}
+	})
+}
+
+// listens waits until a program accepts connections on a unix socket, which is a
+// moment after its file is there.
+func listens(t *testing.T, socket string) {
+	t.Helper()
+	eventually(t, "it listens on "+socket, func() bool {
+		c, err := net.Dial("unix", socket)
+		if err == nil {
+			c.Close()
+		}
+		return err == nil
 	})
 }
 

@@ -110,7 +110,7 @@ func TestTLSInterop(t *testing.T) {
 		reset()
 		socket := filepath.Join(socketDir(t), "s")
 		background(t, "nbdkit", "-f", "-U", socket, "nbd", "socket="+s.path, "tls=require", "tls-certificates="+dirs.client)
-		eventually(t, "it listens", func() bool { _, err := os.Stat(socket); return err == nil })
+		listens(t, socket)
 		uri := URI{Network: "unix", Address: socket}.String()
 		tool(t, "nbdcopy", "--flush", file, uri)
 		holdsImage(t)

@@ -97,18 +97,30 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	s.metrics.checkpoints.Add(1)
 
 	s.segments.release(sb.sequence)
-	keep := func() uint32 {
-		return warmSegments + cleanSegments + uint32(s.segmentsFor(s.reserved.Load(), root.Nodes))
-	}
-	if err := s.segments.chill(s.file, keep); err != nil {
-		// Nothing is lost by that.
-		s.opts.Warn("freed space could not be given back to the host", err)
-	}
+	s.chill()
 	s.progress.Lock()
 	s.progress.sequence = sb.sequence
 	s.progress.cond.Broadcast()
 	s.progress.Unlock()
 	return nil
+}
+
+// chill gives the space of free segments back to the host, but for those that are
+// kept warm.
+func (s *Store) chill() {
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	if err := s.segments.chill(s.file, func() uint32 { return s.keepWarm(nodes) }); err != nil {
+		// Nothing is lost by that.
+		s.opts.Warn("freed space could not be given back to the host", err)
+	}
+}
+
+// keepWarm is how many free segments keep their space on the host. nodes is the
+// size of the map.
+func (s *Store) keepWarm(nodes uint64) uint32 {
+	return warmSegments + cleanSegments + uint32(s.segmentsFor(s.reserved.Load(), nodes))
 }
 
 // appendUsage appends the segment table.

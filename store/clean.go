@@ -913,5 +913,9 @@ func (c *cleaner) work() (worked, busy bool) {
 	if s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0 {
 		return s.Checkpoint() == nil, false
 	}
+	// What the last checkpoint kept warm for work that has ended since.
+	if _, warm := s.segments.room(); warm > s.keepWarm(nodes) {
+		s.chill()
+	}
 	return false, false
 }
