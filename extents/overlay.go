@@ -30,6 +30,10 @@ type Overlay struct {
 // NewOverlay returns an empty overlay.
 func NewOverlay() *Overlay { return &Overlay{byEnd: btree.NewMap[block.Index, Extent](0)} }
 
+// Clone returns a copy, in constant time: what both have is copied when either
+// changes. It counts as a change of o.
+func (o *Overlay) Clone() *Overlay { return &Overlay{byEnd: o.byEnd.Copy()} }
+
 // Len is the number of extents.
 func (o *Overlay) Len() int { return o.byEnd.Len() }
 

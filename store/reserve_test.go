@@ -4,6 +4,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -325,4 +326,46 @@ func TestFailedPunch(t *testing.T) {
 		t.Errorf("%d segments free and %d used, of 100", free, used)
 	}
 	must(t, c.Close())
+}
+
+// TestHostIsAskedBeside: while a slow host takes or gives the space of many
+// segments, one after the other, a write that needs one does not wait for all.
+func TestHostIsAskedBeside(t *testing.T) {
+	const segments = 300
+	for _, what := range []string{"ensure", "chill", "sweep"} {
+		d := disktest.New(1, disktest.Options{})
+		must(t, Format(d, testGeometry(4096, segments+100)))
+		c := openCommitted(t, d, Options{})
+		kind, work := disktest.Punch, func() error { return c.segments.chill(d, func() uint32 { return 0 }) }
+		switch what {
+		case "chill":
+			must(t, c.segments.ensure(d, segments))
+		case "sweep":
+			work = func() error { return c.segments.sweep(t.Context(), d, c.segments.base(segments)) }
+		case "ensure":
+			kind, work = disktest.Allocate, func() error { return c.segments.ensure(d, segments) }
+		}
+		began := make(chan struct{})
+		var asked atomic.Int64
+		d.SetHook(func(o disktest.Op) {
+			if o.Kind == kind {
+				if asked.Add(1) == 3 {
+					close(began)
+				}
+				time.Sleep(time.Millisecond) // the host takes its time
+			}
+		})
+		done := make(chan error, 1)
+		go func() { done <- work() }()
+		<-began
+		must(t, c.segments.ensure(d, 1))
+		if n := asked.Load(); n > segments/4 {
+			t.Errorf("%s: a write waited for %d segments", what, n)
+		}
+		must(t, <-done)
+		if n := asked.Load(); n < segments/2 {
+			t.Errorf("%s: the host was asked %d times", what, n)
+		}
+		must(t, c.Close())
+	}
 }

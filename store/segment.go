@@ -314,17 +314,24 @@ func (t *segments) room() (free, warm uint32) {
 // ensure asks the host for space until want free segments have it, or all free
 // ones. A host that is full is ErrNoSpace.
 func (t *segments) ensure(f disk.File, want uint32) error {
-	t.alloc.Lock()
-	defer t.alloc.Unlock()
 	for {
-		n, ok := t.nextCold(want)
-		if !ok {
-			return nil
-		}
-		if err := t.allocate(f, n); err != nil {
+		if done, err := t.ensureOne(f, want); done || err != nil {
 			return err
 		}
 	}
+}
+
+// ensureOne is a step of ensure, and tells whether there was nothing left to do.
+// The lock is given up behind each segment, here and where space goes back to the
+// host: a host takes its time, and who needs one segment does not wait for all.
+func (t *segments) ensureOne(f disk.File, want uint32) (done bool, err error) {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	n, ok := t.nextCold(want)
+	if !ok {
+		return true, nil
+	}
+	return false, t.allocate(f, n)
 }
 
 // allocate asks the host for the space of segment n. A host that is full is
@@ -372,17 +379,22 @@ func (t *segments) nextCold(want uint32) (uint32, bool) {
 // is: a segment that is taken meanwhile is asked for again. keep is called with
 // t.mu held: what has been reserved before a segment goes is seen.
 func (t *segments) chill(f disk.File, keep func() uint32) error {
-	t.alloc.Lock()
-	defer t.alloc.Unlock()
 	for {
-		n, ok := t.nextWarm(keep)
-		if !ok {
-			return nil
-		}
-		if err := t.punch(f, n); err != nil {
+		if done, err := t.chillOne(f, keep); done || err != nil {
 			return err
 		}
 	}
+}
+
+// chillOne is a step of chill, and tells whether there was nothing left to do.
+func (t *segments) chillOne(f disk.File, keep func() uint32) (done bool, err error) {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	n, ok := t.nextWarm(keep)
+	if !ok {
+		return true, nil
+	}
+	return false, t.punch(f, n)
 }
 
 // sweep gives back what the host may hold of the free segments in the first bytes
@@ -390,25 +402,37 @@ func (t *segments) chill(f disk.File, keep func() uint32) error {
 // killed leaves some, and of what it has asked for nothing is known. When ctx ends
 // its error is returned.
 func (t *segments) sweep(ctx context.Context, f disk.File, bytes int64) error {
-	t.alloc.Lock()
-	defer t.alloc.Unlock()
 	most := (max(bytes, segmentsOffset) - segmentsOffset + int64(t.size) - 1) / int64(t.size)
-	for n := uint32(min(most, int64(t.total.Load()))); n > 0 && ctx.Err() == nil; {
-		n--
-		t.mu.Lock()
-		s := t.atLocked(n)
-		cold := s.state == segmentFree && !s.allocated
-		if cold {
-			t.useLocked(n)
+	for n := uint32(min(most, int64(t.total.Load()))); n > 0; {
+		if err := ctx.Err(); err != nil {
+			return err
 		}
-		t.mu.Unlock()
-		if cold {
-			if err := t.punch(f, n); err != nil {
-				return err
-			}
+		n--
+		if err := t.sweepOne(f, n); err != nil {
+			return err
 		}
 	}
-	return ctx.Err()
+	return nil
+}
+
+// sweepOne gives back what the host may hold of segment n, if it is free and does
+// not have its space on purpose.
+func (t *segments) sweepOne(f disk.File, n uint32) error {
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	t.mu.Lock()
+	cold := false
+	if n < t.total.Load() { // it may have been made smaller meanwhile
+		s := t.atLocked(n)
+		if cold = s.state == segmentFree && !s.allocated; cold {
+			t.useLocked(n)
+		}
+	}
+	t.mu.Unlock()
+	if !cold {
+		return nil
+	}
+	return t.punch(f, n)
 }
 
 // punch gives the space of segment n back to the host. It was free, is noted as

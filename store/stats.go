@@ -70,35 +70,41 @@ func (st *Stats) Ratio() float64 {
 }
 
 // Stats gathers the sizes. What the newest checkpoint does not have yet is looked
-// up, with appends held up meanwhile: call Checkpoint before, on a store in use.
+// up, which may read a node of the map for each extent of it: call Checkpoint before,
+// on a store in use. Appends go on meanwhile.
 func (s *Store) Stats() (Stats, error) {
 	var st Stats
+	view := s.View()
+	defer s.Unview(view)
 	durable := s.Durable() // whose mutex is not taken under s.mu
-	s.mu.RLock()
-	defer s.mu.RUnlock()
 	var refs, bytes uint64
 	var used uint64
+	var open *extents.Overlay
+	s.mu.Lock() // not for reading alone: see Overlay.Clone
 	s.segments.visit(func(_ uint32, g segment) {
 		refs += g.refs
 		bytes += g.bytes
 		used++
 	})
 	// Where a merge is running, the accounting is already that of its result.
-	blocks, stored, err := int64(0), int64(0), error(nil)
 	if s.mu.merging == nil {
-		blocks, stored, err = s.overlayEffectLocked()
-		if err != nil {
-			return st, err
-		}
+		open = s.mu.open.Clone()
+	}
+	root, nodes := s.mu.root, s.mu.nodes
+	st.GarbageBytes, _ = s.segments.garbage(s.mu.replay)
+	st.DurableEpoch, st.Checkpoint = durable, s.mu.sequence
+	st.PendingTrims = s.mu.trims.Blocks().Bytes()
+	s.mu.Unlock()
+	blocks, stored, err := s.overlayEffect(open, root)
+	if err != nil {
+		return st, err
 	}
 	tree := s.tree.Metrics()
 	st.NodesRead, st.MapCacheBytes = tree.NodesRead, tree.CacheBytes
-	st.Nodes, st.Extents = s.mu.root.Nodes, s.mu.root.Entries
-	nodes := s.mu.nodes
+	st.Nodes, st.Extents = root.Nodes, root.Entries
 	st.DataBytes = uint64(int64(refs-nodes.copies)+blocks) * block.Size
 	st.StoredBytes = uint64(int64(bytes-nodes.bytes) + stored)
 	st.MapBytes = nodes.bytes
-	st.GarbageBytes, _ = s.segments.garbage(s.mu.replay)
 	free, _ := s.segments.room()
 	st.UsedBytes = used * uint64(s.segments.size)
 	st.FreeBytes = uint64(free) * uint64(s.segments.size)
@@ -106,8 +112,6 @@ func (s *Store) Stats() (Stats, error) {
 	if n, err := s.file.Allocated(); err == nil {
 		st.HostBytes = uint64(n)
 	}
-	st.DurableEpoch, st.Checkpoint = durable, s.mu.sequence
-	st.PendingTrims = s.mu.trims.Blocks().Bytes()
 	m := &s.metrics
 	st.Reads, st.ReadBytes, st.Corrupt = m.reads.Load(), m.readBytes.Load(), m.corrupt.Load()
 	st.Commits, st.Syncs, st.Checkpoints = m.commits.Load(), m.syncs.Load(), m.checkpoints.Load()
@@ -125,15 +129,18 @@ func (s *Store) Stats() (Stats, error) {
 	return st, nil
 }
 
-// overlayEffectLocked is how much data and stored bytes the open overlay adds to
-// what the tree has.
-func (s *Store) overlayEffectLocked() (blocks, stored int64, err error) {
-	s.mu.open.Ascend(0, func(e extents.Extent) bool {
+// overlayEffect is how much data and stored bytes open, which may be nil, adds to
+// what the tree of that root has. REQUIRES: a View of that root, or an older one.
+func (s *Store) overlayEffect(open *extents.Overlay, root extents.Root) (blocks, stored int64, err error) {
+	if open == nil {
+		return 0, 0, nil
+	}
+	open.Ascend(0, func(e extents.Extent) bool {
 		if e.Kind == extents.Data {
 			blocks += int64(e.Count)
 			stored += int64(e.LiveBytes())
 		}
-		err = s.tree.Lookup(s.mu.root, e.Range(), func(old extents.Extent) error {
+		err = s.tree.Lookup(root, e.Range(), func(old extents.Extent) error {
 			if old.Kind == extents.Data {
 				blocks -= int64(old.Count)
 				stored -= int64(old.LiveBytes())
