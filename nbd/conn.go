@@ -82,6 +82,7 @@ type conn struct {
 // A request is one request from admission until its reply has been sent.
 type request struct {
 	header
+	begun   time.Time    // when the header was there
 	bytes   uint64       // granted by the budget
 	slotted bool         // they are the budget's slot
 	write   PendingWrite // a WRITE whose payload is received, not yet ended
@@ -338,6 +339,7 @@ func (c *conn) check(r *request) {
 // admit checks h and waits until there is room for it in flight. The error is
 // that of the connection, if it dies meanwhile.
 func (c *conn) admit(h header) (*request, error) {
+	begun := time.Now()
 	m := &c.mu
 	m.Lock()
 	for m.requests >= c.s.opts.RequestsMax {
@@ -360,7 +362,7 @@ func (c *conn) admit(h header) (*request, error) {
 	m.Unlock()
 	c.s.counters.inFlight.Add(1)
 
-	*r = request{header: h}
+	*r = request{header: h, begun: begun}
 	c.check(r)
 	if r.errno == 0 && (h.n > 0 || h.cmd == CmdFlush) {
 		// The rest takes the memory of a worker, which is bounded in the same way.
@@ -524,7 +526,7 @@ func (c *conn) backendError(r *request, err error) {
 // is queued until nothing is. It may block as long as the client does not read;
 // others only queue meanwhile. r must not be used any more.
 func (c *conn) finish(r *request) {
-	c.s.counters.finished(r)
+	c.using.counters.finished(r, time.Since(r.begun))
 	m := &c.mu
 	m.Lock()
 	m.ready = append(m.ready, r)

@@ -236,8 +236,9 @@ type Event struct {
 
 // A namedExport is an export of a running server.
 type namedExport struct {
-	*Export              // in Options.Exports
-	clients atomic.Int64 // that use it
+	*Export               // in Options.Exports
+	clients  atomic.Int64 // that use it
+	counters requestCounters
 }
 
 // A Server serves exports to any number of connections, from any number of
