@@ -572,3 +572,29 @@ func FuzzLoad(f *testing.F) {
 		}
 	})
 }
+
+func TestChanged(t *testing.T) {
+	change := func(f func(c *Config)) *Config {
+		c := Default()
+		c.Exports = []Export{{Path: "disk", Allow: []string{"alice"}}}
+		f(c)
+		return c
+	}
+	same := func(*Config) {}
+	for _, tc := range []struct {
+		name string
+		f    func(c *Config)
+		want []string
+	}{
+		{"nothing", same, nil},
+		{"a value", func(c *Config) { c.LogLevel = "debug" }, []string{"log-level"}},
+		{"several, in order", func(c *Config) { c.LogLevel, c.Cache = "debug", GiB }, []string{"cache", "log-level"}},
+		{"a list", func(c *Config) { c.Listen = []string{"tcp:"} }, []string{"listen"}},
+		{"an export", func(c *Config) { c.Exports[0].Allow = []string{"bob"} }, []string{"exports"}},
+		{"one more export", func(c *Config) { c.Exports = append(c.Exports, Export{Path: "b"}) }, []string{"exports"}},
+	} {
+		if got := Changed(change(same), change(tc.f)); !reflect.DeepEqual(got, tc.want) {
+			t.Errorf("%s: %q, want %q", tc.name, got, tc.want)
+		}
+	}
+}

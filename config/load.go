@@ -135,6 +135,19 @@ func settings(p any, tag string) func(yield func(string, field) bool) {
 	}
 }
 
+// Changed are the keys of the settings in which a and b differ, in the order of
+// [Config]. Whatever differs in an export is a change of exports.
+func Changed(a, b *Config) []string {
+	before := maps.Collect(settings(a, "key"))
+	var keys []string
+	for key, now := range settings(b, "key") {
+		if !reflect.DeepEqual(before[key].ptr, now.ptr) {
+			keys = append(keys, key)
+		}
+	}
+	return keys
+}
+
 // allFlags are the settings that have a flag, with their defaults.
 func allFlags() map[string]field {
 	flags := maps.Collect(settings(Default(), "key"))

@@ -15,6 +15,7 @@ tools=(
 	mkfs.xfs=xfsprogs xfs_repair=xfsprogs mkfs.btrfs=btrfs-progs btrfs=btrfs-progs
 	losetup=mount mount=mount umount=mount fstrim=util-linux fallocate=util-linux setpriv=util-linux
 	gcc=gcc
+	systemd-analyze=systemd systemd-sysusers=systemd systemd-tmpfiles=systemd
 )
 
 # Debian keeps mkfs and friends where a user's PATH has them not.

@@ -16,12 +16,19 @@ func newLogger(c *config.Config, w io.Writer) zerolog.Logger {
 	if c.LogFormat == config.LogConsole || c.LogFormat == config.LogAuto && isTerminal(w) {
 		w = zerolog.ConsoleWriter{Out: w, TimeFormat: time.DateTime, NoColor: !isTerminal(w)}
 	}
+	setLogLevel(c)
+	zerolog.TimeFieldFormat = time.RFC3339Nano
+	return zerolog.New(w).With().Timestamp().Logger()
+}
+
+// setLogLevel applies c to the loggers there are. The level is one for the
+// program, since loggers that were handed on are copies and keep theirs.
+func setLogLevel(c *config.Config) {
 	level, err := zerolog.ParseLevel(c.LogLevel)
 	if err != nil { // the configuration allows no other than zerolog's
 		level = zerolog.InfoLevel
 	}
-	zerolog.TimeFieldFormat = time.RFC3339Nano
-	return zerolog.New(w).Level(level).With().Timestamp().Logger()
+	zerolog.SetGlobalLevel(level)
 }
 
 // isTerminal tells whether w is a terminal, as isatty(3) does.

@@ -18,6 +18,7 @@ import (
 	"github.com/coreos/go-systemd/v22/daemon"
 	"github.com/rs/zerolog"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"cnbd/config"
 	"cnbd/device"
@@ -41,6 +42,8 @@ func newServe() *cobra.Command {
 		Short: "Serve stores over NBD",
 		Long: "Serve the store in BACKING, or those that FILE lists, until SIGTERM, SIGINT or SIGHUP; then everything is\n" +
 			"committed, and the program ends. With --size a store that is missing is made.\n\n" +
+			"With --config, SIGHUP reads FILE again: a new log-level counts at once, other changes are logged and\n" +
+			"wait for a restart. (Certificates are followed without a signal.)\n\n" +
 			"The address is printed as an NBD URI when clients can connect. Without --listen it is the unix\n" +
 			"socket BACKING.sock (for a block device, in " + runDirectory + "). Every flag can also be set in FILE and as\n" +
 			"CNBD_NAME in the environment." + exitHelp,
@@ -59,19 +62,24 @@ func newServe() *cobra.Command {
 				}
 			}
 			// Caught from here on, so that a stop while starting is clean too.
-			stop := make(chan os.Signal, 2)
+			stop, hup := make(chan os.Signal, 2), make(chan os.Signal, 1)
 			signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
-			if !signal.Ignored(syscall.SIGHUP) { // nohup(1) means to go on
+			switch {
+			case file != "":
+				signal.Notify(hup, syscall.SIGHUP)
+			case !signal.Ignored(syscall.SIGHUP): // nohup(1) means to go on
 				signal.Notify(stop, syscall.SIGHUP)
 			}
 			defer signal.Stop(stop)
+			defer signal.Stop(hup)
 			// Whoever reads the log may go away; the disk must not.
 			signal.Ignore(syscall.SIGPIPE)
 			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr()), parent: parent}
+			s.load = func() (*config.Config, error) { return config.Load(file, cmd.Flags()) }
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
 			}
-			return errors.Join(s.run(cmd.OutOrStdout(), stop), s.end())
+			return errors.Join(s.run(cmd.OutOrStdout(), stop, hup), s.end())
 		},
 	}
 	config.AddFlags(cmd.Flags())
@@ -83,6 +91,7 @@ func newServe() *cobra.Command {
 // opposite order.
 type serving struct {
 	config    *config.Config
+	load      func() (*config.Config, error) // reads the configuration again
 	log       zerolog.Logger
 	parent    <-chan struct{} // closed when the parent process has ended; may be nil
 	stores    []*served
@@ -105,10 +114,11 @@ type served struct {
 	size   config.Size
 }
 
-// run serves until a signal comes from stop or the server fails. Nothing is
-// written before everything that can be refused has been looked at. A store that
-// cannot be opened is no reason not to serve the others.
-func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
+// run serves until a signal comes from stop or the server fails; one from hup has
+// the configuration read again. Nothing is written before everything that can be
+// refused has been looked at. A store that cannot be opened is no reason not to
+// serve the others.
+func (s *serving) run(stdout io.Writer, stop, hup <-chan os.Signal) error {
 	c := s.config
 	opts := nbd.Options{
 		DefaultExport: c.DefaultExport, ListOff: !c.ListExports,
@@ -184,14 +194,26 @@ func (s *serving) run(stdout io.Writer, stop <-chan os.Signal) error {
 		}
 	}
 	s.notify(daemon.SdNotifyReady)
+	watchdog, stopWatchdog := s.watchdog()
+	defer stopWatchdog()
 
-	select {
-	case sig := <-stop:
-		s.log.Info().Stringer("signal", sig).Msg("stopping: everything is committed first; a second signal ends at once")
-	case <-s.parent:
-		s.log.Info().Msg("stopping: the parent process has ended; everything is committed first")
-	case err = <-broken:
-		s.log.Error().Err(err).Msg("stopping: a listener has failed")
+	for stopping := false; !stopping; {
+		select {
+		case <-watchdog:
+			s.alive()
+			s.notify(daemon.SdNotifyWatchdog)
+			continue
+		case <-hup:
+			s.reload()
+			continue
+		case sig := <-stop:
+			s.log.Info().Stringer("signal", sig).Msg("stopping: everything is committed first; a second signal ends at once")
+		case <-s.parent:
+			s.log.Info().Msg("stopping: the parent process has ended; everything is committed first")
+		case err = <-broken:
+			s.log.Error().Err(err).Msg("stopping: a listener has failed")
+		}
+		stopping = true
 	}
 	s.notify(daemon.SdNotifyStopping)
 	go func() {
@@ -482,6 +504,66 @@ func (s *serving) end() error {
 func (s *serving) notify(state string) {
 	if _, err := daemon.SdNotify(false, state); err != nil {
 		s.log.Warn().Err(err).Msg("sd_notify")
+	}
+}
+
+// watchdog ticks as often as the service manager wants to hear that the server is
+// alive, never if it does not; the function ends that.
+func (s *serving) watchdog() (<-chan time.Time, func()) {
+	limit, err := daemon.SdWatchdogEnabled(false)
+	if err != nil {
+		s.log.Warn().Err(err).Msg("no watchdog")
+	}
+	if err != nil || limit == 0 {
+		return nil, func() {}
+	}
+	t := time.NewTicker(limit / 2) // as sd_watchdog_enabled(3) recommends
+	return t.C, t.Stop
+}
+
+// alive returns if the server and the devices do: it takes locks that requests
+// need, under which nobody waits for a disk. So a deadlock is seen, and a slow
+// disk is not taken for one: a restart would only add a recovery to its work.
+func (s *serving) alive() {
+	s.server.Metrics()
+	for _, v := range s.stores {
+		select {
+		case v.turn <- struct{}{}:
+			if v.device != nil {
+				v.device.Geometry()
+			}
+			<-v.turn
+		default: // it is being opened, which may take as long as it likes
+		}
+	}
+}
+
+// reload reads the configuration again and applies what can change while clients
+// are served. A configuration with faults changes nothing.
+func (s *serving) reload() {
+	var now unix.Timespec
+	_ = unix.ClockGettime(unix.CLOCK_MONOTONIC, &now) // cannot fail for this clock
+	s.notify(fmt.Sprintf("%s\nMONOTONIC_USEC=%d", daemon.SdNotifyReloading, now.Nano()/1000))
+	defer s.notify(daemon.SdNotifyReady)
+	c, err := s.load()
+	if err != nil {
+		s.log.Error().Err(err).Msg("not reloaded, everything stays as it was")
+		return
+	}
+	restart := []string{}
+	for _, key := range config.Changed(s.config, c) {
+		switch key {
+		case "log-level":
+			s.config.LogLevel = c.LogLevel
+			setLogLevel(c)
+		default:
+			restart = append(restart, key)
+		}
+	}
+	if len(restart) > 0 {
+		s.log.Warn().Strs("keys", restart).Msg("reloaded; these have changed and need a restart")
+	} else {
+		s.log.Info().Msg("reloaded")
 	}
 }
 
