@@ -527,9 +527,8 @@ func doCut(ctx context.Context, d *Device, op *disktest.CutOp) error {
 	if err != nil {
 		return err
 	}
-	payload := op.Payload(nil)
-	for _, s := range w.Segments() {
-		payload = payload[copy(s, payload):]
+	if err := receive(w, op.Payload(nil), block.Size); err != nil {
+		return err
 	}
 	return w.Commit(ctx, op.FUA)
 }

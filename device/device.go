@@ -4,9 +4,9 @@
 //
 // # The way of a write
 //
-// [Device.PrepareWrite] waits for the dirty limit, reserves space, and hands out
-// cache memory; the payload is received into it; [Write.Commit] enters the open
-// epoch, locks the range of blocks, publishes the pages, marks the range
+// [Device.PrepareWrite] waits for the dirty limit and for payload memory, and
+// reserves space; [Write.Next] hands out cache memory as the payload comes, which is
+// received into it; [Write.Commit] enters the open epoch, locks the range of blocks, publishes the pages, marks the range
 // delalloc, and leaves. From there writeback takes it (package delalloc).
 //
 // # The way of a read
@@ -456,7 +456,7 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 			return done, err
 		}
 		from := done
-		for _, s := range w.Segments() {
+		for _, s := range w.Next(step) {
 			from += copy(s, p[from:])
 		}
 		if err := w.Commit(context.Background(), false); err != nil {

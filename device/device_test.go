@@ -90,12 +90,8 @@ func do(ctx context.Context, d *Device, r disktest.Request, off int64, buf []byt
 			return buf, err
 		}
 		buf = r.Payload(buf)
-		payload := buf[len(buf)-int(n):]
-		for _, s := range w.Segments() {
-			payload = payload[copy(s, payload):]
-		}
-		if len(payload) > 0 {
-			return buf, fmt.Errorf("segments are %d bytes short", len(payload))
+		if err := receive(w, buf[len(buf)-int(n):], 1+int(at*7%20000)); err != nil {
+			return buf, err
 		}
 		return buf, w.Commit(ctx, r.FUA)
 	case disktest.VerbZeroes:
@@ -104,6 +100,27 @@ func do(ctx context.Context, d *Device, r disktest.Request, off int64, buf []byt
 		return buf, d.Trim(ctx, at, n, r.FUA)
 	}
 	return buf, d.Flush(ctx)
+}
+
+// receive has the memory of w handed out for step bytes at a time, and fills it with p.
+func receive(w *Write, p []byte, step int) error {
+	for len(p) > 0 {
+		n := 0
+		for _, s := range w.Next(step) {
+			n += len(s)
+			if copy(s, p) < len(s) {
+				return fmt.Errorf("memory for more than the payload: a piece of %d bytes, %d are left", len(s), len(p))
+			}
+			p = p[len(s):]
+		}
+		if n < step && len(p) > 0 || n >= step+block.Size {
+			return fmt.Errorf("asked for the next %d bytes, got memory for %d; %d are left", step, n, len(p))
+		}
+	}
+	if more := w.Next(1); len(more) > 0 {
+		return fmt.Errorf("memory for more than the payload")
+	}
+	return nil
 }
 
 // A region is the part of a device that one connection changes, and the truth
@@ -584,7 +601,7 @@ func (v *randomDevice) fail(ctx context.Context, kind disktest.Kind, n int) erro
 		return err
 	}
 	r.apply(zeroes)
-	clear(w.Segments()[0])
+	clear(w.Next(block.Size)[0])
 	if err := w.Commit(ctx, false); err != nil {
 		return err
 	}
@@ -889,5 +906,51 @@ func TestFailedSync(t *testing.T) {
 	defer d.Abort()
 	if err := model.CheckCommit(d, good); err != nil {
 		t.Errorf("after a restart: %v", err)
+	}
+}
+
+// TestWriteGivesBack: a write that is given up gives back all that it was admitted
+// for, however much of its memory was handed out; and so does one that is committed
+// before all of it was, which is refused.
+func TestWriteGivesBack(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(16<<20, compression.None))
+	d := open(t, f, Options{CacheBytes: 4 << 20, PayloadBytes: 1 << 20, Workers: 1})
+	before, err := d.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, n := range []int{0, 1, 5000, 1<<20 - 2*block.Size} {
+		for _, end := range []func(*Write) error{
+			func(w *Write) error { w.Abort(); return errors.New("given up") },
+			func(w *Write) error { return w.Commit(t.Context(), false) },
+		} {
+			w, err := d.PrepareWrite(t.Context(), 100, 1<<20-block.Size)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if n > 0 {
+				w.Next(n)
+			}
+			if taken := len(w.frames); taken > (n+2*block.Size)/block.Size {
+				t.Errorf("%d frames taken for %d bytes", taken, n)
+			}
+			if end(w) == nil {
+				t.Errorf("committed with memory for %d bytes", n)
+			}
+			if m := d.cache.Metrics(); m.Payload != 0 || m.Admitted != 0 {
+				t.Errorf("%d blocks of payload and %d of dirty data are admitted still", m.Payload, m.Admitted)
+			}
+		}
+	}
+	after, err := d.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if after.Store.ReservedBytes != before.Store.ReservedBytes {
+		t.Errorf("%d bytes reserved, before %d", after.Store.ReservedBytes, before.Store.ReservedBytes)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

@@ -22,7 +22,7 @@ type Write struct {
 	n        uint64
 	r        block.Range // blocks touched
 	segments [][]byte
-	frames   []pagecache.Ref // of the blocks of r
+	frames   []pagecache.Ref // of the blocks of r, as far as Next has handed them out
 	edges    [2]edge         // the first and the last block, where they are written in part
 }
 
@@ -36,6 +36,7 @@ type edge struct {
 
 // PrepareWrite admits a write of n bytes at off: it waits until the limits of
 // dirty data and payload memory allow it, and reserves space for the worst case.
+// Next hands out the memory.
 // An error that wraps syscall.ENOSPC says that there is none. n > 0.
 func (d *Device) PrepareWrite(ctx context.Context, off uint64, n uint32) (*Write, error) {
 	if err := d.checkWrite(off, uint64(n)); err != nil {
@@ -53,23 +54,16 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 		d.cache.CancelDirty(r.Len())
 		return nil, err
 	}
-	w := d.writes.Get().(*Write)
-	frames, err := d.cache.AllocPayload(ctx, int(r.Len()), w.frames[:0])
-	if err != nil {
-		d.writes.Put(w)
+	if err := d.cache.AdmitPayload(ctx, int(r.Len())); err != nil {
 		d.store.Release(r.Len())
 		d.cache.CancelDirty(r.Len())
 		return nil, err
 	}
-	w.off, w.n, w.r, w.frames = off, n, r, frames
-	w.segments = w.segments[:0]
-	for _, f := range frames {
-		w.segments = append(w.segments, d.cache.Bytes(f))
-	}
-	head, tail := int(off%block.Size), int((off+n-1)%block.Size)+1
+	w := d.writes.Get().(*Write)
+	w.off, w.n, w.r, w.frames, w.segments = off, n, r, w.frames[:0], w.segments[:0]
+	head, tail := w.ends()
 	w.edges = [2]edge{{frame: -1}, {frame: -1}}
-	last := len(frames) - 1
-	end := r.End - 1
+	last := int(r.Len()) - 1
 	switch {
 	case last == 0 && (head > 0 || tail < block.Size):
 		w.edges[0] = edge{r.Start, head, tail, 0}
@@ -78,12 +72,16 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 			w.edges[0] = edge{r.Start, head, block.Size, 0}
 		}
 		if tail < block.Size {
-			w.edges[1] = edge{end, 0, tail, last}
+			w.edges[1] = edge{r.End - 1, 0, tail, last}
 		}
 	}
-	w.segments[last] = w.segments[last][:tail]
-	w.segments[0] = w.segments[0][head:]
 	return w, nil
+}
+
+// ends is where the payload begins in its first block, and where it ends in its
+// last one.
+func (w *Write) ends() (head, tail int) {
+	return int(w.off % block.Size), int((w.off+w.n-1)%block.Size) + 1
 }
 
 // balance waits for the dirty limit.
@@ -153,13 +151,38 @@ func (d *Device) noSpace(err error) error {
 	return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 }
 
-// Segments is the memory for the payload, in order. It is the caller's until
-// Commit or Abort.
-func (w *Write) Segments() [][]byte { return w.segments }
+// Next hands out the memory for the following bytes of the payload, in order: for
+// n of them, and on to the end of a block, but not beyond the payload. It is the
+// caller's to fill until Commit, which wants all of it handed out, or Abort. Next
+// does not block: all memory was promised before, and is taken only here, so a
+// client that announces much and sends nothing occupies none. n > 0.
+func (w *Write) Next(n int) [][]byte {
+	from := len(w.frames)
+	left := int(w.r.Len()) - from
+	if left == 0 {
+		return nil
+	}
+	head, tail := w.ends()
+	if from > 0 {
+		head = 0
+	}
+	take := min(left, (head+n+block.Size-1)/block.Size)
+	w.frames = w.d.cache.TakePayload(take, w.frames)
+	for _, f := range w.frames[from:] {
+		w.segments = append(w.segments, w.d.cache.Bytes(f))
+	}
+	next := w.segments[from:]
+	if take == left {
+		next[take-1] = next[take-1][:tail]
+	}
+	next[0] = next[0][head:]
+	return next
+}
 
 // Abort gives everything back; nothing has changed.
 func (w *Write) Abort() {
 	w.d.cache.FreePayload(w.frames)
+	w.d.cache.CancelPayload(int(w.r.Len()) - len(w.frames))
 	w.giveUp()
 }
 
@@ -181,6 +204,10 @@ func (w *Write) recycle() {
 // returns nil.
 func (w *Write) Commit(ctx context.Context, fua bool) error {
 	d := w.d
+	if len(w.frames) < int(w.r.Len()) {
+		w.Abort()
+		return fmt.Errorf("device: commit of a write of %d bytes whose memory was not all handed out", w.n)
+	}
 	if err := w.install(ctx, block.Range{}); err != nil {
 		w.Abort()
 		return err
@@ -467,7 +494,7 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 		if err != nil {
 			return err
 		}
-		for _, s := range w.segments {
+		for _, s := range w.Next(int(n)) {
 			clear(s)
 		}
 		return w.Commit(ctx, fua)

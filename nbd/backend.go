@@ -24,10 +24,10 @@ type Backend interface {
 	// Read returns the n bytes at off. It may block.
 	Read(ctx context.Context, off uint64, n uint32) (Payload, error)
 
-	// PrepareWrite reserves what a write of n bytes at off needs, space
-	// included, and hands out the memory for its payload, before that is
-	// received. It blocks while memory or the limit of dirty data is reached;
-	// meanwhile nothing is read from the connection.
+	// PrepareWrite admits a write of n bytes at off before its payload is
+	// received, and reserves what it needs, space included. It blocks while the
+	// limit of memory or of dirty data is reached; meanwhile nothing is read
+	// from the connection.
 	PrepareWrite(ctx context.Context, off uint64, n uint32) (PendingWrite, error)
 
 	// WriteZeroes makes the n bytes at off read as zeroes. With f.FastZero and
@@ -76,12 +76,16 @@ type Payload interface {
 // A PendingWrite is a WRITE whose payload is being received. The server ends it
 // with exactly one call of Commit or Abort.
 type PendingWrite interface {
-	// Segments is the memory to fill, in order; the lengths add up to those
-	// asked for. It is the server's until Commit or Abort; nobody else sees
+	// Next hands out the memory for the following bytes of the payload, in
+	// order: for n of them or somewhat more, but not beyond the payload. The
+	// server asks for it as bytes arrive, so that what a header announces takes
+	// memory only when it comes. It does not block: the memory was admitted by
+	// PrepareWrite. It is the server's until Commit or Abort; nobody else sees
 	// what is in it before Commit.
-	Segments() [][]byte
+	Next(n int) [][]byte
 	// Commit makes the payload the content of the range, wholly or, with an
-	// error, as the backend can; with fua it is durable on return.
+	// error, as the backend can; with fua it is durable on return. It is called
+	// when all of the memory was handed out and filled.
 	// It gives the memory back to the backend in either case.
 	Commit(ctx context.Context, fua bool) error
 	// Abort forgets the write and gives the memory back.

@@ -22,6 +22,11 @@ type nullDisk struct {
 
 type nullPage struct{ segs [][]byte }
 
+// Next hands out the first pages, each time: writes all share the memory.
+func (p *nullPage) Next(n int) [][]byte {
+	return p.segs[:min((n+4095)/4096, len(p.segs))]
+}
+
 func (p *nullPage) Segments() [][]byte                 { return p.segs }
 func (p *nullPage) Release()                           {}
 func (p *nullPage) Zero(int) bool                      { return false }
@@ -33,7 +38,6 @@ func (d *nullDisk) Read(context.Context, uint64, uint32) (Payload, error) {
 	return &d.page, nil
 }
 
-// Writes are only right at depth 1: they all share the memory.
 func (d *nullDisk) PrepareWrite(context.Context, uint64, uint32) (PendingWrite, error) {
 	return &d.page, nil
 }

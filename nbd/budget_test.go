@@ -204,3 +204,28 @@ func TestLongestRequestHasItsTurn(t *testing.T) {
 		}
 	})
 }
+
+// What a header announces takes memory when its bytes come, and not before.
+func TestMemoryComesWithTheBytes(t *testing.T) {
+	const size = 32 << 20
+	d := newMemDisk(size)
+	s := serveDisk(t, d)
+	rc := s.rawGo()
+	p := pattern(size, 1)
+	rc.request(CmdWrite, 1, 0, size)
+	eventually(t, "the write is admitted", func() bool { return d.pendings.Load() == 1 })
+	sent := 0
+	for _, n := range []int{1, 1000, 200_000, 5 << 20, size} {
+		if got, most := d.bytesMost.Load(), max(2*int64(sent), payloadPiece); sent == 0 && got > 0 || got > most {
+			t.Errorf("%d bytes of memory for %d sent", got, sent)
+		}
+		rc.put(p[sent:n])
+		sent = n
+		eventually(t, "what was sent has memory", func() bool { return d.bytes.Load() >= int64(n) || d.pendings.Load() == 0 })
+	}
+	if e, cookie := rc.reply(); e != 0 || cookie != 1 {
+		t.Fatal(e, cookie)
+	}
+	data, _ := d.contents()
+	mustEqual(t, "written", data, p)
+}

@@ -388,22 +388,25 @@ func (c *conn) admit(h header) (*request, error) {
 func (c *conn) receive(r *request, n uint64) error {
 	if r.errno == 0 {
 		w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, uint32(r.n))
-		if err == nil && segmentsLen(w.Segments()) != r.n {
-			invariants.Assertf(false, "PrepareWrite(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(w.Segments()))
-			w.Abort()
-			err = fmt.Errorf("nbd: backend gave wrong memory for a write")
-		}
 		if err != nil {
 			c.backendError(r, err)
 		} else {
 			r.write = w
 		}
 	}
+	var got uint64
 	var err error
 	if r.write != nil {
-		err = c.in.segments(r.write.Segments())
-	} else {
-		err = c.in.discard(n)
+		got, err = c.receiveInto(r.write, n)
+		if err == nil && got < n {
+			invariants.Assertf(false, "a write of %d bytes at %d had wrong memory behind %d bytes", r.n, r.off, got)
+			r.write.Abort()
+			r.write = nil
+			c.backendError(r, fmt.Errorf("nbd: backend gave wrong memory for a write"))
+		}
+	}
+	if err == nil && got < n {
+		err = c.in.discard(n - got)
 	}
 	if err != nil {
 		c.fail(err)
@@ -411,6 +414,29 @@ func (c *conn) receive(r *request, n uint64) error {
 		c.finish(r)
 	}
 	return err
+}
+
+// receiveInto takes n bytes of payload from the wire into the memory of w. It asks
+// for that memory piece by piece: the first payloadPiece bytes when the first byte
+// has come, and then as much again as has come. So what a client announces and does
+// not send takes no more memory than what it has sent, or that piece. got < n
+// without an error means that w gave nothing or too much.
+func (c *conn) receiveInto(w PendingWrite, n uint64) (got uint64, err error) {
+	if err := c.in.payload(); err != nil {
+		return 0, err
+	}
+	for got < n {
+		segs := w.Next(int(min(n-got, max(got, payloadPiece))))
+		size := segmentsLen(segs)
+		if size == 0 || size > n-got {
+			return got, nil
+		}
+		got += size
+		if err := c.in.segments(segs, got < n); err != nil {
+			return got, err
+		}
+	}
+	return got, nil
 }
 
 // abort ends the pending write of r, if there is one.

@@ -27,9 +27,10 @@
 // a goroutine nor a hand-off between a lone request and its reply, and replies
 // that are ready together leave together.
 //
-// The payload of a WRITE is received into memory that [Backend.PrepareWrite]
-// hands out; it is the reader that waits there while memory or the dirty limit
-// is short. Nothing better is possible: the bytes behind the header have to be
+// The payload of a WRITE is received into memory of the backend: its
+// [Backend.PrepareWrite] admits it, and it is the reader that waits there while
+// memory or the dirty limit is short; [PendingWrite] then hands memory out as
+// bytes arrive, at most 64 KiB or as much again as has come. Nothing better is possible: the bytes behind the header have to be
 // put somewhere before the next header can be seen. So a writer over the limit
 // is slowed by its own socket, together with the reads that it has pipelined
 // behind the write; other connections are not. A payload has to arrive, and a

@@ -127,7 +127,8 @@ func (p *memPayload) Release() {
 type memWrite struct {
 	d    *memDisk
 	off  uint64
-	segs [][]byte
+	n    uint32
+	segs [][]byte // what Next has handed out
 	gone bool
 }
 
@@ -138,11 +139,16 @@ func (d *memDisk) PrepareWrite(ctx context.Context, off uint64, n uint32) (Pendi
 		}
 	}
 	d.pendings.Add(1)
-	d.handOut(int64(n))
-	return &memWrite{d: d, off: off, segs: d.pieces(off, n)}, nil
+	return &memWrite{d: d, off: off, n: n}, nil
 }
 
-func (w *memWrite) Segments() [][]byte { return w.segs }
+func (w *memWrite) Next(n int) [][]byte {
+	from := uint32(segmentsLen(w.segs))
+	next := w.d.pieces(w.off+uint64(from), min(uint32(n), w.n-from))
+	w.segs = append(w.segs, next...)
+	w.d.handOut(int64(segmentsLen(next)))
+	return next
+}
 
 func (w *memWrite) end() {
 	if w.gone {
@@ -155,6 +161,9 @@ func (w *memWrite) end() {
 
 func (w *memWrite) Commit(ctx context.Context, fua bool) error {
 	defer w.end()
+	if n := segmentsLen(w.segs); n != uint64(w.n) {
+		panic("commit of a part of the payload")
+	}
 	if w.d.onCommit != nil {
 		if err := w.d.onCommit(ctx, w.off); err != nil {
 			return err

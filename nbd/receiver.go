@@ -20,6 +20,10 @@ const (
 	// what arrived together with its header is copied.
 	receiveBufferBytes = 32 << 10
 
+	// payloadPiece is how much of a payload is given memory when its first byte has
+	// come: what common requests have, in one piece.
+	payloadPiece = 64 << 10
+
 	// iovMax is the kernel's limit (UIO_MAXIOV) of segments in one call.
 	iovMax = 1024
 )
@@ -232,9 +236,10 @@ func (rc *receiver) read(p []byte) (int, error) {
 }
 
 // readv receives at least one byte into segs[0][fill:] and the segments behind
-// it, in order, and what arrives beyond them into the buffer, which must be
-// empty. It returns how many bytes went into segs.
-func (rc *receiver) readv(segs [][]byte, fill int) (int, error) {
+// it, in order, and unless more is to follow them in place, what arrives beyond
+// them into the buffer, which must be empty. It returns how many bytes went into
+// segs.
+func (rc *receiver) readv(segs [][]byte, fill int, more bool) (int, error) {
 	if rc.raw == nil {
 		return rc.read(segs[0][fill:])
 	}
@@ -247,7 +252,7 @@ func (rc *receiver) readv(segs [][]byte, fill int) (int, error) {
 		rc.iov = appendIovec(rc.iov, b)
 		room += len(b)
 	}
-	if len(rc.iov) == len(segs) {
+	if len(rc.iov) == len(segs) && !more {
 		rc.iov = appendIovec(rc.iov, rc.buf)
 	}
 	defer clear(rc.iov) // the memory is only borrowed
@@ -324,10 +329,21 @@ func (rc *receiver) discard(n uint64) error {
 	return nil
 }
 
-// segments fills segs, borrowed, in order. The bytes that are in the buffer
-// already are copied; the others are received in place.
-func (rc *receiver) segments(segs [][]byte) error {
+// payload begins a payload: it waits for the first byte of it.
+func (rc *receiver) payload() error {
 	rc.begun = false
+	if rc.r < rc.w {
+		return nil
+	}
+	n, err := rc.read(rc.buf)
+	rc.r, rc.w = 0, n
+	return err
+}
+
+// segments fills segs, borrowed, in order, with a piece of what payload has begun.
+// The bytes that are in the buffer already are copied; the others are received in
+// place. With more, another piece is to follow.
+func (rc *receiver) segments(segs [][]byte, more bool) error {
 	fill := 0 // bytes of segs[0] that are filled
 	for {
 		for ; len(segs) > 0 && fill >= len(segs[0]); segs = segs[1:] {
@@ -342,7 +358,7 @@ func (rc *receiver) segments(segs [][]byte) error {
 			fill += n
 			continue
 		}
-		n, err := rc.readv(segs, fill)
+		n, err := rc.readv(segs, fill, more)
 		if err != nil {
 			return err
 		}

@@ -788,6 +788,49 @@ func TestPayloadGate(t *testing.T) {
 	})
 }
 
+// Payload that is admitted counts, and has frames only when they are taken.
+func TestPayloadAdmitted(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		c := newCache(t, small())
+		defer closeCache(t, c)
+		bg := context.Background()
+		if err := c.AdmitPayload(bg, 9); err == nil {
+			t.Error("more than the budget was admitted")
+		}
+		if err := c.AdmitPayload(bg, 6); err != nil {
+			t.Fatal(err)
+		}
+		if n, m := c.arena.Outstanding(), c.Metrics(); n != 0 || m.Payload != 6 {
+			t.Errorf("%d frames are taken for %d admitted blocks", n, m.Payload)
+		}
+		refs := c.TakePayload(4, nil)
+		if n, m := c.arena.Outstanding(), c.Metrics(); n != 4 || m.Payload != 6 || len(refs) != 4 {
+			t.Errorf("%d frames are taken, %d handed out, for %d admitted blocks", n, len(refs), m.Payload)
+		}
+		admitted := false
+		go func() {
+			if err := c.AdmitPayload(bg, 4); err != nil {
+				t.Error(err)
+			}
+			admitted = true
+		}()
+		synctest.Wait()
+		if admitted {
+			t.Error("admitted beyond the budget")
+		}
+		c.CancelPayload(2)
+		synctest.Wait()
+		if !admitted {
+			t.Error("what was given back admits nobody")
+		}
+		c.CancelPayload(4)
+		c.FreePayload(refs)
+		if m := c.Metrics(); m.Payload != 0 {
+			t.Errorf("%d blocks of payload are left", m.Payload)
+		}
+	})
+}
+
 // A cache above its limit takes the excess from the payload budget, until
 // writeback or a reader lets frames go.
 func TestPayloadWaitsForTheExcess(t *testing.T) {

@@ -84,7 +84,7 @@
 //
 // # Waiting and locks
 //
-// AllocPayload, BalanceDirty and WaitFill wait, nothing else does. Memory for
+// AdmitPayload, AllocPayload, BalanceDirty and WaitFill wait, nothing else does. Memory for
 // payload comes back when requests are installed or given up, and the dirty limit
 // falls when writeback ends; a reader never waits for memory: where no frame can
 // be had, Fill publishes nothing. So readers cannot be part of a deadlock

@@ -89,7 +89,7 @@ type Metrics struct {
 	Holes     int64 // ranges of pending holes
 
 	DirtyWaiters   int64 // callers that wait in BalanceDirty
-	PayloadWaiters int64 // callers that wait in AllocPayload
+	PayloadWaiters int64 // callers that wait in AdmitPayload
 
 	CacheMax, PayloadMax, DirtyMax, Background block.Count
 }

@@ -9,26 +9,47 @@ import (
 )
 
 // AllocPayload appends n frames to dst, for the payload of a request, and returns
-// it. They are the caller's alone until Install publishes or FreePayload returns
-// them; their content is undefined. It blocks until the payload budget has n
-// frames at once, first come, first served; the error is the context's, or says
-// that n frames are more than PayloadBytes.
+// it. It is AdmitPayload and TakePayload in one, and waits as the former does.
 func (c *Cache) AllocPayload(ctx context.Context, n int, dst []Ref) ([]Ref, error) {
-	if n < 0 || int64(n) > c.payloadMax {
-		return dst, fmt.Errorf("pagecache: payload of %d blocks: the limit is %d", n, c.payloadMax)
-	}
-	if n == 0 {
-		return dst, nil
-	}
-	if err := c.payloadGate.acquire(ctx, int64(n), c.needWriteback); err != nil {
+	if err := c.AdmitPayload(ctx, n); err != nil {
 		return dst, err
 	}
+	return c.TakePayload(n, dst), nil
+}
+
+// AdmitPayload promises n frames for the payload of a request, without taking any
+// memory for them yet. It blocks until the payload budget has all n, first come,
+// first served; the error is the context's, or says that n frames are more than
+// PayloadBytes. Each is given up by TakePayload or by CancelPayload.
+func (c *Cache) AdmitPayload(ctx context.Context, n int) error {
+	if n < 0 || int64(n) > c.payloadMax {
+		return fmt.Errorf("pagecache: payload of %d blocks: the limit is %d", n, c.payloadMax)
+	}
+	if n == 0 {
+		return nil
+	}
+	return c.payloadGate.acquire(ctx, int64(n), c.needWriteback)
+}
+
+// TakePayload appends n frames of those that were admitted to dst, and returns it.
+// They are the caller's alone until Install publishes or FreePayload returns them;
+// their content is undefined. It does not block.
+func (c *Cache) TakePayload(n int, dst []Ref) []Ref {
 	for range n {
 		r := c.takeFrame()
 		c.arena.Header(r).state.Store(payload)
 		dst = append(dst, r)
 	}
-	return dst, nil
+	return dst
+}
+
+// CancelPayload gives back n frames that were admitted and not taken.
+func (c *Cache) CancelPayload(n int) {
+	if n == 0 {
+		return
+	}
+	c.budget.Add(-uint64(n) * payloadUnit)
+	c.payloadGate.serve()
 }
 
 // tryChargePayload is the payload gate's try. While the cache is above its limit,
@@ -55,7 +76,7 @@ func (c *Cache) tryChargePayload(n int64) bool {
 	}
 }
 
-// FreePayload gives back frames of AllocPayload that were not installed.
+// FreePayload gives back frames that were taken and not installed.
 func (c *Cache) FreePayload(refs []Ref) {
 	for _, r := range refs {
 		h := c.arena.Header(r)
@@ -65,8 +86,7 @@ func (c *Cache) FreePayload(refs []Ref) {
 		h.state.Store(0)
 		c.arena.Free(r) // first, so that what is charged exists: invariant 6
 	}
-	c.budget.Add(-uint64(len(refs)) * payloadUnit)
-	c.payloadGate.serve()
+	c.CancelPayload(len(refs))
 }
 
 // BalanceDirty admits a write of n blocks: it waits until what is dirty, in
