@@ -232,8 +232,10 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 			}
 		}
 		if s.segments.pinned() {
-			// Readers are at what would be free. They do not take long, and more
-			// checkpoints would only take more of the log.
+			// Readers are at what would be free. Those that take long have to give
+			// way, the others are waited for: more checkpoints would only take more
+			// of the log.
+			s.givePinsUp()
 			if err := s.waitUnpinned(ctx); err != nil {
 				return err
 			}
@@ -867,7 +869,8 @@ func (c *cleaner) work() (worked, busy bool) {
 		c.quiet++
 	}
 	busy = c.quiet < quietLooks
-	if c.stopping() {
+	// What is moved while a commit is pinned takes its space twice.
+	if c.stopping() || s.segments.holding() {
 		return false, busy
 	}
 	s.mu.RLock()

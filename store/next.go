@@ -18,10 +18,18 @@ func (s *Store) NextMapped(r block.Range) (block.Index, error) {
 	if r.Empty() {
 		return r.End, nil
 	}
-	next := r.End
 	s.mu.RLock()
 	root := s.mu.root
-	for _, o := range []*extents.Overlay{s.mu.open, s.mu.merging} {
+	next := nextInOverlays(r, s.mu.open, s.mu.merging)
+	s.mu.RUnlock()
+	return s.nextInTree(root, r, next)
+}
+
+// nextInOverlays returns the first block of r that the overlays, which may be nil,
+// have as something else than a hole, or r.End.
+func nextInOverlays(r block.Range, overlays ...*extents.Overlay) block.Index {
+	next := r.End
+	for _, o := range overlays {
 		if o == nil {
 			continue
 		}
@@ -32,8 +40,12 @@ func (s *Store) NextMapped(r block.Range) (block.Index, error) {
 			return e.Start < next
 		})
 	}
-	s.mu.RUnlock()
-	// What hides the tree's extents is not looked at: next may be too early.
+	return next
+}
+
+// nextInTree returns the first block of r before next that the tree has, or next.
+// What hides the tree's extents is not looked at: it may be too early.
+func (s *Store) nextInTree(root extents.Root, r block.Range, next block.Index) (block.Index, error) {
 	err := s.tree.Lookup(root, block.Range{Start: r.Start, End: next}, func(e extents.Extent) error {
 		next = e.Start
 		return errNext

@@ -77,16 +77,17 @@ type segments struct {
 	alloc sync.Mutex // one at a time asks the host for space; taken before mu
 
 	mu    sync.RWMutex
-	table []segment // guarded by mu; grows up to total, index is the segment number
-	free  uint32    // guarded by mu; number of free ones, those beyond the table included
-	warm  uint32    // guarded by mu; number of free ones that have space on the host
-	rests uint32    // guarded by mu; number of free ones with remains
-	low   uint32    // guarded by mu; no free segment lies below it
-	pins  map[uint64]int
+	table []segment         // guarded by mu; grows up to total, index is the segment number
+	free  uint32            // guarded by mu; number of free ones, those beyond the table included
+	warm  uint32            // guarded by mu; number of free ones that have space on the host
+	rests uint32            // guarded by mu; number of free ones with remains
+	low   uint32            // guarded by mu; no free segment lies below it
+	pins  map[uint64]int    // guarded by mu; number of readers at a checkpoint
+	held  map[*Pin]struct{} // guarded by mu; each has one of pins until it is given up
 }
 
 func newSegments(g *Geometry) *segments {
-	t := &segments{size: g.SegmentSize, free: g.Segments(), pins: make(map[uint64]int)}
+	t := &segments{size: g.SegmentSize, free: g.Segments(), pins: make(map[uint64]int), held: make(map[*Pin]struct{})}
 	t.total.Store(g.Segments())
 	return t
 }
@@ -237,10 +238,14 @@ func (t *segments) pin(version uint64) {
 
 func (t *segments) unpin(version uint64) {
 	t.mu.Lock()
+	t.unpinLocked(version)
+	t.mu.Unlock()
+}
+
+func (t *segments) unpinLocked(version uint64) {
 	if t.pins[version]--; t.pins[version] == 0 {
 		delete(t.pins, version)
 	}
-	t.mu.Unlock()
 }
 
 // markEmpty notes for checkpoint sequence, whose map has just been merged and

@@ -390,6 +390,9 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	// for each segment, for trims and commits take space without reserving it.
 	free, _ := s.segments.room()
 	short := free < 2*reserveSegments && l.mu.head.serial > l.mu.snapshot
+	if short {
+		s.givePinsUp()
+	}
 	if s.snapshot.Load() || short || s.dueLocked() {
 		c.snap = s.takeSnapshot(c.Epoch)
 	}
@@ -542,9 +545,15 @@ func hole(r block.Range) extents.Extent {
 // lookupOverlaysLocked covers r by what is in the open overlay, else in the one
 // being merged, else in the pending trims, else by runs of kind inTree.
 func (s *Store) lookupOverlaysLocked(r block.Range, out []extents.Extent) []extents.Extent {
+	return lookupLayers(r, out, s.mu.open, s.mu.merging, s.mu.trims)
+}
+
+// lookupLayers covers r by what is in the overlays, which may be nil, else in the
+// pending trims, else by runs of kind inTree.
+func lookupLayers(r block.Range, out []extents.Extent, upper, lower *extents.Overlay, pending *extents.RangeSet) []extents.Extent {
 	trims := func(r block.Range) {
 		pos := r.Start
-		s.mu.trims.Visit(r, func(t block.Range) {
+		pending.Visit(r, func(t block.Range) {
 			if t.Start > pos {
 				out = append(out, extents.Extent{Start: pos, Count: block.Count(t.Start - pos), Kind: inTree})
 			}
@@ -573,7 +582,7 @@ func (s *Store) lookupOverlaysLocked(r block.Range, out []extents.Extent) []exte
 			}
 		}
 	}
-	layer(s.mu.open, layer(s.mu.merging, trims))(r)
+	layer(upper, layer(lower, trims))(r)
 	return out
 }
 
@@ -661,6 +670,7 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 	if want += cleanSegments; want > uint64(warm) {
 		if err := s.segments.ensure(s.file, uint32(want)); err != nil {
 			s.reserved.Add(-int64(n))
+			s.givePinsUp() // what they hold has its space on the host
 			return err
 		}
 	}
