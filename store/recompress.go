@@ -2,6 +2,7 @@ package store
 
 import (
 	"encoding/binary"
+	"math"
 	"math/bits"
 	"sync/atomic"
 
@@ -160,7 +161,10 @@ func (c *cleaner) recompress() (worked bool, err error) {
 			continue
 		}
 		if !ok {
-			t.note(part) // a checkpoint has ended: once more
+			// The cleaner has moved some of it, or a client changed it: once more
+			// when that is in the tree too.
+			t.at = part.Start
+			c.settled = math.MaxUint64
 			break
 		}
 		for len(list) > 0 {
@@ -183,56 +187,52 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	return worked, err
 }
 
-// extents returns the extents of kinds Data and Lost of the tree in r, and those
-// of kind inTree less what hides them. ok is false if there is a newer checkpoint.
-// What something newer hides is left out, and noted as kind Lost: it is to be left
-// alone.
+// extents returns the extents of kinds Data and Lost of the tree in r. ok is false
+// if something newer than the tree knows of any of r, or there is a newer tree.
 func (c *cleaner) extents(root extents.Root, r block.Range, sequence uint64) (list []extents.Extent, ok bool, err error) {
 	s := c.s
 	s.mu.RLock()
-	if s.mu.sequence != sequence {
-		s.mu.RUnlock()
+	ok = s.untouchedLocked(r, sequence)
+	s.mu.RUnlock()
+	if !ok {
 		return nil, false, nil
 	}
-	c.overlay = s.lookupOverlaysLocked(r, c.overlay[:0])
-	s.mu.RUnlock()
 	list = c.list[:0]
-	for _, part := range c.overlay {
-		if part.Kind != inTree {
-			part.Kind = extents.Lost
-			list = append(list, part)
-			continue
-		}
-		err = s.tree.Lookup(root, part.Range(), func(e extents.Extent) error {
-			list = append(list, e)
-			return nil
-		})
-		if err != nil {
-			return nil, true, err
-		}
-	}
+	err = s.tree.Lookup(root, r, func(e extents.Extent) error {
+		list = append(list, e)
+		return nil
+	})
 	c.list = list
-	return list, true, nil
+	return list, true, err
 }
 
 // recompressExtent encodes the extents in window, the place of one extent, as one,
 // if they are smaller then, and appends that.
 func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, sequence uint64) error {
-	stored, present := uint64(0), uint32(0)
+	stored, present, count, blobs := uint64(0), uint32(0), block.Count(0), 0
+	var last extents.Addr
 	for _, e := range list {
 		if e.Kind != extents.Data || uint64(e.Skip) > uint64(e.Start-window.Start) || !window.Covers(e.Range()) ||
 			e.Start-block.Index(e.Skip)+block.Index(e.Addr.Blocks) > window.End {
-			return nil // newer, or damaged, or of an extent of another size
+			return nil // damaged, or of an extent of another size
 		}
-		stored += recordHeader + uint64(e.LiveBytes())
+		if e.Addr != last {
+			last = e.Addr
+			blobs++
+			stored += recordHeader
+		}
+		stored += uint64(e.LiveBytes())
 		present |= (^uint32(0) >> (32 - e.Count)) << (e.Start - window.Start)
+		count += e.Count
 	}
-	if len(list) == 1 && whole(list[0]) && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level) {
+	// All of one blob; there may be holes between its blocks.
+	one := blobs == 1 && count == block.Count(last.Blocks)
+	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level) {
 		return nil
 	}
 	// The blocks of all, in order.
 	c.blocks = c.blocks[:0]
-	var last extents.Addr
+	last = extents.Addr{}
 	for _, e := range list {
 		if e.Addr != last {
 			if err := c.decode(e.Addr); err != nil {
@@ -248,7 +248,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, se
 		out, codec, level = c.blocks, 0, 0
 	}
 	after := recordHeader + uint64(len(out))
-	if after > stored || len(list) == 1 && whole(list[0]) && after+stored/recompressGain > stored {
+	if after > stored || one && after+stored/recompressGain > stored {
 		return nil
 	}
 	c.s.metrics.recompressedBytes.Add(uint64(len(c.blocks)))
