@@ -123,16 +123,60 @@ func (d Dialer) NewClient(ctx context.Context, nc net.Conn, export string) (*Cli
 
 // newClient is NewClient, with TLS unless config is nil.
 func (d Dialer) newClient(ctx context.Context, nc net.Conn, export string, config *tls.Config) (*Client, error) {
-	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), mode: d.Replies, lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
-	setDefault(&c.mode, ExtendedHeaders)
+	mode := d.Replies
+	setDefault(&mode, ExtendedHeaders)
+	c, err := negotiated(ctx, nc, mode, export, config)
+	if err != nil {
+		return nil, err
+	}
+	go c.receive()
+	return c, nil
+}
+
+// negotiated is a client past its negotiation that does not receive answers yet.
+func negotiated(ctx context.Context, nc net.Conn, mode ReplyMode, export string, config *tls.Config) (*Client, error) {
+	c := &Client{nc: nc, br: bufio.NewReaderSize(nc, 64<<10), mode: mode, lenMin: 1, lenMax: clientPayloadMax, stopped: make(chan struct{})}
 	c.mu.calls = make(map[uint64]*call)
 	c.pool.New = func() any { return &call{done: make(chan struct{}, 1)} }
 	if err := withContext(ctx, nc, func() error { return c.negotiate(export, config) }); err != nil {
 		nc.Close()
 		return nil, fmt.Errorf("nbd: export %q: %w", export, err)
 	}
-	go c.receive()
 	return c, nil
+}
+
+// A Negotiated is a connection past its negotiation, for somebody else to send
+// requests on, as the kernel does. Replies are simple.
+type Negotiated struct {
+	Conn  net.Conn // the caller's; a *net.TCPConn or a *net.UnixConn
+	Size  uint64   // of the export, in bytes
+	Flags TransmissionFlags
+	Sizes BlockSizes
+}
+
+// Negotiate connects to the export that uri names, and hands the connection over
+// before the first request. TLS cannot be handed over and is an error.
+func Negotiate(ctx context.Context, uri string) (*Negotiated, error) {
+	u, err := ParseURI(uri)
+	if err != nil {
+		return nil, err
+	}
+	if u.TLS {
+		return nil, errors.New("nbd: a connection with TLS cannot be handed over")
+	}
+	nc, _, _, err := dial(ctx, uri)
+	if err != nil {
+		return nil, err
+	}
+	c, err := negotiated(ctx, nc, SimpleReplies, u.Export, nil)
+	if err != nil {
+		return nil, err
+	}
+	if c.br.Buffered() != 0 {
+		nc.Close()
+		return nil, fmt.Errorf("nbd: export %q: server sent on before the first request", u.Export)
+	}
+	return &Negotiated{Conn: nc, Size: c.size, Flags: c.flags, Sizes: c.sizes}, nil
 }
 
 // ExportInfo is one line of [List].

@@ -451,3 +451,32 @@ func TestClientDisconnectContext(t *testing.T) {
 		t.Errorf("the write: %v", err)
 	}
 }
+
+// A connection that was handed over answers requests in the simple form, with
+// nothing lost between.
+func TestNegotiate(t *testing.T) {
+	d := newMemDisk(64 << 10)
+	copy(d.data, pattern(64<<10, 1))
+	s := serveDisk(t, d)
+	n, err := Negotiate(t.Context(), s.uri(""))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Conn.Close()
+	if n.Size != 64<<10 || n.Flags&(FlagSendFlush|FlagCanMultiConn) != FlagSendFlush|FlagCanMultiConn || n.Sizes.Minimum == 0 {
+		t.Errorf("told %+v", n)
+	}
+	rc := rawConn{n.Conn, t}
+	rc.request(CmdRead, 7, 512, 1024)
+	if errno, cookie := rc.reply(); errno != 0 || cookie != 7 {
+		t.Fatalf("read: %v, cookie %d", errno, cookie)
+	}
+	mustEqual(t, "data", rc.get(1024), d.data[512:][:1024])
+
+	if _, err := Negotiate(t.Context(), s.uri("nothing here")); err == nil || !strings.Contains(err.Error(), "nothing here") {
+		t.Errorf("an export that is not there: %v", err)
+	}
+	if _, err := Negotiate(t.Context(), strings.Replace(s.uri(""), "nbd", "nbds", 1)); err == nil || !strings.Contains(err.Error(), "TLS") {
+		t.Errorf("TLS: %v", err)
+	}
+}
