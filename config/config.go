@@ -140,6 +140,22 @@ type Config struct {
 	// to 4096.
 	RequestsMax int `key:"requests-max" type:"number" help:"requests in flight for one connection"`
 
+	// IOFlusher makes the threads of the server IO flushers, for which the kernel
+	// does no I/O to find memory: it could be I/O to the device that they serve. It takes
+	// CAP_SYS_RESOURCE; without, the server warns and runs. Default true.
+	IOFlusher bool `key:"io-flusher" help:"tell the kernel that it may need this server to free memory, for devices mounted on this host"`
+
+	// LockMemory keeps the memory that the server uses from being swapped out. It
+	// takes CAP_IPC_LOCK; without, the server warns and runs. Default true.
+	LockMemory bool `key:"lock-memory" help:"keep the memory in use from being swapped out"`
+
+	// OOMScoreAdjust is how far the OOM killer is kept from the server: from 0, not
+	// at all, to -1000, never. A process that is kept farther already is left so.
+	// Lowering it takes CAP_SYS_RESOURCE; without, the server warns and runs. Default
+	// -999: it is the last to be killed, but one that has used up the memory of its own
+	// control group does not hang there.
+	OOMScoreAdjust int `key:"oom-score-adjust" type:"number" help:"keep the OOM killer away: 0 (not at all) to -1000 (never)"`
+
 	// LogLevel is the least severe level that is logged: trace, debug, info,
 	// warn or error. Default info.
 	LogLevel string `key:"log-level" type:"level" help:"trace, debug, info, warn or error"`
@@ -237,6 +253,9 @@ func Default() *Config {
 		StallTimeout:       5 * time.Minute,
 		ConnectionsMax:     128,
 		RequestsMax:        128,
+		IOFlusher:          true,
+		LockMemory:         true,
+		OOMScoreAdjust:     -999,
 		LogLevel:           "info",
 		LogFormat:          LogAuto,
 	}

@@ -186,6 +186,9 @@ func TestSources(t *testing.T) {
 		"handshake-timeout":   {"11s", "12s", "13s"},
 		"connections-max":     {"10", "20", "30"},
 		"requests-max":        {"11", "21", "31"},
+		"io-flusher":          {"false", "true", "false"},
+		"lock-memory":         {"false", "true", "false"},
+		"oom-score-adjust":    {"-1000", "-500", "0"},
 		"log-level":           {"warn", "error", "debug"},
 		"log-format":          {"json", "console", "auto"},
 	}
@@ -404,6 +407,8 @@ func TestRefused(t *testing.T) {
 
 		"owner":            {"", []string{"--socket-owner=a:b", "--socket-group=a b", "b"}, map[string]string{"socket-owner": `--socket-owner: "a:b" is not a name`, "socket-group": `"a b" is not a name`}},
 		"exit with parent": {"exit-with-parent: never\nexports: [{path: a}]", nil, map[string]string{"exit-with-parent": "never is neither true nor false"}},
+
+		"protection": {"io-flusher: 2\nlock-memory: [no]\nexports: [{path: a}]", []string{"--oom-score-adjust=-1001"}, map[string]string{"io-flusher": "2 is neither true nor false", "lock-memory": "lock-memory", "oom-score-adjust": "--oom-score-adjust: -1001 is out of range: give -1000 to 0"}},
 
 		"cache too small": {"", []string{"--cache", "1MiB", "--dirty-max=1GiB", "--background=1GiB", "b"}, map[string]string{"cache": "1MiB is out of range: give 16MiB to"}},
 		"dirty too much":  {"", []string{"--dirty-max", "200MiB", "b"}, map[string]string{"dirty-max": "give 4MiB to 192MiB"}},

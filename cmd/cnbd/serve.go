@@ -55,6 +55,10 @@ func newServe() *cobra.Command {
 			if err != nil {
 				return err
 			}
+			var flusher error
+			if c.IOFlusher {
+				flusher = becomeFlusher()
+			}
 			var parent <-chan struct{}
 			if c.ExitWithParent {
 				if parent, err = parentExit(); err != nil {
@@ -79,6 +83,7 @@ func newServe() *cobra.Command {
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
 			}
+			protect(c, flusher, s.log)
 			return errors.Join(s.run(cmd.OutOrStdout(), stop, hup), s.end())
 		},
 	}
