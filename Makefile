@@ -1,21 +1,33 @@
 # `make help` lists the targets.
 
-GO      ?= go
-PREFIX  ?= /usr/local
-LDFLAGS ?= -s -w
+GO         ?= go
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+# A release is a tag vX.Y.Z; what lies behind one has the number of commits behind it.
+VERSION    ?= $(shell scripts/version.sh)
+LDFLAGS    ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
 SCALE   ?= 100
 
-.PHONY: help build install setup debian13 test test-long lint fuzz bench bench-peers cover clean
+.PHONY: help build install pages package test-package setup debian13 test test-long lint fuzz bench bench-peers cover clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-build: ## build the static program bin/cnbd
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS)' -o bin/cnbd ./cmd/cnbd
+build: ## build the static program bin/cnbd (GOARCH=arm64 for another machine)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=$(VERSION)' -o bin/cnbd ./cmd/cnbd
 
-install: build ## install it to PREFIX/bin (default /usr/local), below DESTDIR
-	install -D -m 0755 bin/cnbd $(DESTDIR)$(PREFIX)/bin/cnbd
+install: build pages ## install program, man pages, completions and units below PREFIX (default /usr/local) and DESTDIR
+	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' scripts/install.sh
+
+pages: ## man pages and completions, from the commands, in build/pages
+	@VERSION='$(VERSION)' GO='$(GO)' scripts/pages.sh
+
+package: ## .deb and .rpm for amd64 and arm64 in build/package
+	@VERSION='$(VERSION)' GO='$(GO)' LDFLAGS='$(LDFLAGS)' scripts/package.sh
+
+test-package: setup package ## look at the packages, and install, remove and purge the .deb in a tree of Debian (root)
+	@VERSION='$(VERSION)' scripts/testpackage.sh
 
 setup: ## install the tools that tests use, where missing
 	@scripts/setup.sh
@@ -28,6 +40,7 @@ test: setup build ## all checks and tests (PACKAGES=./store/... STAGES="plain ra
 
 test-long: setup build ## the same with full counts, for a night (SCALE=100 FUZZTIME=2m)
 	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-12h} scripts/test.sh
+	@$(MAKE) test-package
 
 lint: ## gofmt, vet, staticcheck and the rules of internal/lint
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }

@@ -28,18 +28,22 @@ type Config struct {
 	// Exports are the devices to serve, at least one.
 	Exports []Export `key:"exports"`
 
-	// Listen are the addresses to serve on, see [ParseAddress]. Empty: the
-	// program chooses (a unix socket beside the backing file, or the sockets
-	// that systemd passes).
+	// Listen are the addresses to serve on: unix:PATH, unix:@NAME (an abstract
+	// socket) or tcp:HOST:PORT, with an IPv6 address in brackets. Default empty:
+	// the sockets that systemd passes, or else a unix socket beside the first
+	// backing file. See [ParseAddress].
 	Listen []string `key:"listen" type:"address" help:"address to serve on, unix:PATH or tcp:HOST:PORT; may be given again"`
 
 	// SocketMode are the permissions of unix sockets. Default 0600; at most
 	// 0777, and the owner can always read and write.
 	SocketMode os.FileMode `key:"socket-mode" type:"mode" help:"permissions of unix sockets, octal"`
 
-	// SocketOwner and SocketGroup are the user and the group, by name or number,
-	// that unix sockets are given to. Default empty: those of the process.
+	// SocketOwner is the user, by name or number, that unix sockets are given
+	// to. Default empty: that of the process.
 	SocketOwner string `key:"socket-owner" type:"user" help:"user that unix sockets are given to"`
+
+	// SocketGroup is the group, by name or number, that unix sockets are given
+	// to. Default empty: that of the process.
 	SocketGroup string `key:"socket-group" type:"group" help:"group that unix sockets are given to"`
 
 	// ExitWithParent stops the server, in good order, when the process that has

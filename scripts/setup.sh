@@ -16,6 +16,7 @@ tools=(
 	losetup=mount mount=mount umount=mount fstrim=util-linux fallocate=util-linux setpriv=util-linux
 	gcc=gcc
 	systemd-analyze=systemd systemd-sysusers=systemd systemd-tmpfiles=systemd
+	lintian=lintian rpm=rpm readelf=binutils qemu-aarch64-static=qemu-user-static mmdebstrap=mmdebstrap mandoc=mandoc
 )
 
 # Debian keeps mkfs and friends where a user's PATH has them not.

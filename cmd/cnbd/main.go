@@ -37,6 +37,9 @@ func main() {
 	os.Exit(exitStatus(err))
 }
 
+// hidden makes commands that only some builds have, and no user calls.
+var hidden []func() *cobra.Command
+
 func newRoot(stdout, stderr io.Writer) *cobra.Command {
 	root := &cobra.Command{
 		Use:   "cnbd",
@@ -44,6 +47,7 @@ func newRoot(stdout, stderr io.Writer) *cobra.Command {
 		Long: "cnbd serves block devices over NBD (Network Block Device) and stores them compressed, in a\n" +
 			"sparse file or on a block device. Any filesystem can live on one." + exitHelp,
 		Args:          cobra.NoArgs,
+		Version:       versionText(),
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -57,6 +61,9 @@ func newRoot(stdout, stderr io.Writer) *cobra.Command {
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.AddCommand(newCreate(), newServe(), newInfo(), newCheck(), newCompact(), newResize(), newEstimate(), newVersion())
+	for _, make := range hidden {
+		root.AddCommand(make())
+	}
 	return root
 }
 
