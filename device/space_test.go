@@ -401,3 +401,35 @@ func TestHostFull(t *testing.T) {
 	}
 	checkClean(t, f.Clone())
 }
+
+// TestHostFullOverwritten: on a host that is full what is stored can be overwritten
+// for ever, for what is dead has its space there: ENOSPC is not a matter of how
+// fast the cleaner is (promise P4).
+func TestHostFullOverwritten(t *testing.T) {
+	seed := disktest.Seed(t)
+	o := smallOptions(t)
+	o.CleanPeriod = time.Hour
+	f := disktest.New(seed, disktest.Options{Capacity: 12 << 20})
+	format(t, f, testGeometry(64<<20, compression.None))
+	d := open(t, f, o)
+	const size = 4 << 20
+	truth := make([]byte, d.Bytes())
+	fill(truth[:size], seed)
+	if _, err := d.WriteAt(truth[:size], 0); err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(seed, 0))
+	for i := range 6 * size / block.Size {
+		b := rng.IntN(size/block.Size) * block.Size
+		page := truth[b:][:block.Size]
+		fill(page, rng.Uint64())
+		if _, err := d.WriteAt(page, int64(b)); err != nil {
+			t.Fatalf("CNBD_SEED=%d: write %d: %v", seed, i, err)
+		}
+	}
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f.Clone())
+}

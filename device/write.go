@@ -100,27 +100,17 @@ func (d *Device) reserve(ctx context.Context, n block.Count, in ...block.Range) 
 	if n <= store.SmallBlocks {
 		w = store.SmallGrowth
 	}
-	for tries := 0; ; tries++ {
+	for {
 		err := d.store.Reserve(n, w)
 		if err == nil || !errors.Is(err, store.ErrNoSpace) {
 			return d.noSpace(err)
-		}
-		if errors.Is(err, store.ErrHostFull) {
-			// What two checkpoints set free has its space on the host still.
-			if tries > 2 {
-				return d.noSpace(err)
-			}
-			if err := d.store.Checkpoint(); err != nil {
-				return d.noSpace(err)
-			}
-			continue
 		}
 		err = d.store.MakeRoom(ctx, n, w)
 		switch {
 		case err == nil:
 		case ctx.Err() != nil:
 			return ctx.Err()
-		case w < store.Overwriting && errors.Is(err, store.ErrNoSpace) && d.allStored(in):
+		case w < store.Overwriting && errors.Is(err, store.ErrNoSpace) && !errors.Is(err, store.ErrHostFull) && d.allStored(in):
 			w = store.Overwriting
 		default:
 			return d.noSpace(err)

@@ -20,7 +20,7 @@ type snapshot struct {
 func (s *Store) takeSnapshot(epoch uint64) *snapshot {
 	s.progress.Lock()
 	defer s.progress.Unlock()
-	if s.progress.running || s.cleaner.copying {
+	if s.progress.running || s.cleaner.copying.Load() {
 		return nil
 	}
 	s.progress.running = true
@@ -98,6 +98,11 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 
 	s.segments.release(sb.sequence)
 	s.chill()
+	// What commits and trims have used of the space that is kept for them. On a host
+	// that is full they go on with what checkpoints set free: see AppendCommit.
+	if s.segments.ensure(s.file, reserveSegments) != nil {
+		s.givePinsUp()
+	}
 	s.progress.Lock()
 	s.progress.sequence = sb.sequence
 	s.progress.cond.Broadcast()
@@ -191,7 +196,6 @@ func (s *Store) Checkpoint() error {
 	defer s.progress.Unlock()
 	// One that runs now may be of an earlier commit.
 	for s.progress.running && s.Err() == nil {
-		s.opts.NeedCommit()
 		s.progress.cond.Wait()
 	}
 	want := s.progress.sequence + 1
@@ -200,10 +204,20 @@ func (s *Store) Checkpoint() error {
 		if err := s.Err(); err != nil {
 			return err
 		}
-		s.opts.NeedCommit()
+		s.beginLocked()
 		s.progress.cond.Wait()
 	}
 	return s.Err()
+}
+
+// beginLocked asks for the commit with which a checkpoint begins, unless none can:
+// one that runs asks for what it needs itself, and the cleaner tells when its copies
+// are in the map. Commits that lead to nothing would use the log up. REQUIRES:
+// progress held.
+func (s *Store) beginLocked() {
+	if !s.progress.running && !s.cleaner.copying.Load() {
+		s.opts.NeedCommit()
+	}
 }
 
 // accounting is the tree's view of the segment table, and sums the nodes up.

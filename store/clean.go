@@ -98,8 +98,8 @@ type cleaner struct {
 	claimed, moving, nodes atomic.Int64
 
 	// copying says that copies have been appended that are not in the map yet: no
-	// checkpoint begins meanwhile. Guarded by log.mu.
-	copying bool
+	// checkpoint begins meanwhile. Changed with log.mu held.
+	copying atomic.Bool
 
 	// The rest belongs to whose turn it is.
 	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
@@ -181,13 +181,21 @@ func (s *Store) StopCleaning() {
 	}
 }
 
-// fits tells whether a reservation of n blocks would find free segments.
-func (s *Store) fits(n block.Count, w Want) bool {
+// fits returns nil if a reservation of n blocks would find free segments that have
+// space on the host, which it may ask for some, and else why not.
+func (s *Store) fits(n block.Count, w Want) error {
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
-	free, _ := s.segments.room()
-	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.kept(w) <= uint64(free)
+	free, warm := s.segments.room()
+	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
+	if want+s.kept(w) > uint64(free) {
+		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, want, free, ErrNoSpace)
+	}
+	if want += cleanSegments; want > uint64(warm) {
+		return s.segments.ensure(s.file, uint32(want))
+	}
+	return nil
 }
 
 // MakeRoom blocks until a reservation of n blocks may succeed: it takes
@@ -211,11 +219,12 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if s.fits(n, w) {
-			return nil
+		short := s.fits(n, w)
+		if !errors.Is(short, ErrNoSpace) {
+			return short
 		}
-		if free, _ := s.segments.room(); free > most {
-			most, fruitless = free, 0
+		if free, warm := s.segments.room(); free+warm > most {
+			most, fruitless = free+warm, 0
 		}
 		pending := s.trimsPending()
 		// What is empty with one checkpoint is free with the next, unless a reader
@@ -224,8 +233,8 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 			if err := s.Checkpoint(); err != nil {
 				return err
 			}
-			if s.fits(n, w) {
-				return nil
+			if short = s.fits(n, w); !errors.Is(short, ErrNoSpace) {
+				return short
 			}
 			if s.segments.emptying() == 0 {
 				break
@@ -247,15 +256,15 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 			}
 			continue
 		}
-		if !s.canFit(n, w) {
-			return fmt.Errorf("store: %d blocks do not fit beside what is stored: %w", n, ErrNoSpace)
+		if !s.canFit(n, w, errors.Is(short, ErrHostFull)) {
+			return fmt.Errorf("store: %d blocks do not fit beside what is stored: %w", n, short)
 		}
 		progress, err := c.clean(true)
 		if err != nil {
 			return err
 		}
 		if !progress && s.segments.emptying() == 0 {
-			return fmt.Errorf("store: %d blocks do not fit, and there is nothing to clean: %w", n, ErrNoSpace)
+			return fmt.Errorf("store: %d blocks do not fit, and there is nothing to clean: %w", n, short)
 		}
 	}
 	return fmt.Errorf("store: cleaning does not make room for %d blocks: %w", n, ErrNoSpace)
@@ -345,16 +354,18 @@ const fruitlessMax = 64
 
 // canFit tells whether a reservation of n blocks would find free segments if what
 // is alive were packed: all of it, but for the part of each segment that cleaning
-// does not care for.
-func (s *Store) canFit(n block.Count, w Want) bool {
+// does not care for. Of a host that is full they are those that have their space.
+func (s *Store) canFit(n block.Count, w Want, hostFull bool) bool {
 	s.mu.RLock()
 	nodes, before := s.mu.root.Nodes, s.mu.replay
 	s.mu.RUnlock()
-	free, _ := s.segments.room()
 	dead, live := s.segments.garbage(before)
 	size := uint64(s.segments.size)
 	dead -= min(dead, (dead+live)/cleanGain)
-	return s.segmentsFor(s.reserved.Load()+int64(n), nodes)+s.kept(w) <= uint64(free)+s.segments.emptying()+dead/size
+	gain := s.segments.emptying() + dead/size
+	free, warm := s.segments.room()
+	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
+	return want+s.kept(w) <= uint64(free)+gain && (!hostFull || want+cleanSegments <= uint64(warm)+gain)
 }
 
 // errNoRoom says that the cleaner's reserve is used up until the next checkpoints.
@@ -778,7 +789,7 @@ func (c *cleaner) copyRecord(h header, stored []byte, sequence uint64) error {
 
 // appendLocked appends one data record. REQUIRES: s.log.mu held.
 func (c *cleaner) appendLocked(h header, stored []byte) error {
-	c.copying = true
+	c.copying.Store(true)
 	ref, err := c.s.log.appendLocked(h, stored)
 	if err == nil {
 		c.pending = append(c.pending, copied{h, ref})
@@ -791,7 +802,7 @@ func (c *cleaner) appendLocked(h header, stored []byte) error {
 func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
 	s, l := c.s, c.s.log
 	l.mu.Lock()
-	if !c.copying {
+	if !c.copying.Load() {
 		l.mu.Unlock()
 		return 0, nil
 	}
@@ -800,8 +811,11 @@ func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
 	l.mu.Unlock()
 	defer func() {
 		l.mu.Lock()
-		c.copying = false
+		c.copying.Store(false)
 		l.mu.Unlock()
+		s.progress.Lock()
+		s.progress.cond.Broadcast()
+		s.progress.Unlock()
 	}()
 	if err := l.waitWritten(queued); err != nil {
 		return 0, err

@@ -321,3 +321,40 @@ func TestRoomBehindReader(t *testing.T) {
 	within(t, "room", func() error { return <-done })
 	must(t, c.Close())
 }
+
+// TestCheckpointCommits: who waits for a checkpoint that cannot begin, since the
+// cleaner is in the middle of copying, has no commits made meanwhile: each takes of
+// the log, which nobody has reserved.
+func TestCheckpointCommits(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(1024, 400)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 32, ^uint32(0)))
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	list, err := c.Lookup(block.Span(0, 32), nil)
+	must(t, err)
+	stored := make([]byte, list[0].Addr.Length)
+	must(t, c.ReadBlob(stored, list[0].Addr))
+	c.cleaner.turn <- struct{}{}
+	must(t, c.cleaner.copy(list[0].Range(), 0, 0, stored, c.Store.mu.sequence))
+	done := make(chan error, 1)
+	go func() { done <- c.Checkpoint() }()
+	for !c.snapshot.Load() {
+	}
+	before := c.metrics.commits.Load()
+	const commits = 50
+	for i := range commits {
+		must(t, c.hole(block.Span(block.Index(64+i), 1)))
+		must(t, c.commit())
+		time.Sleep(100 * time.Microsecond) // in which others would make many
+	}
+	if n := c.metrics.commits.Load() - before; n > commits+2 {
+		t.Errorf("%d commits beside those of others", n-commits)
+	}
+	_, err = c.cleaner.enter(c.Store.mu.sequence)
+	must(t, err)
+	<-c.cleaner.turn
+	within(t, "checkpoint", func() error { return <-done })
+	must(t, c.Close())
+}

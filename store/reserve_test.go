@@ -369,3 +369,35 @@ func TestHostIsAskedBeside(t *testing.T) {
 		must(t, c.Close())
 	}
 }
+
+// TestTrimsOnFullHost: trims and commits reserve no space. However many there are
+// on a host that has none left, they go on (promise P4).
+func TestTrimsOnFullHost(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(4096, 400)))
+	c := openCommitted(t, d, Options{})
+	const blocks = 2048
+	for b := 0; b < blocks; b += 16 {
+		must(t, c.Reserve(16, Growth))
+		must(t, c.blob(b, 16, 0xffff))
+		c.Release(16)
+	}
+	must(t, c.commit())
+	must(t, c.Checkpoint())
+	fillHost(t, d)
+	rng := rand.New(rand.NewPCG(1, 1))
+	for i := range 3000 {
+		if c.Short() { // as a device does
+			for range 2 {
+				within(t, "checkpoint", c.Checkpoint)
+			}
+		}
+		if err := c.hole(block.Span(block.Index(rng.IntN(blocks)), 1)); err != nil {
+			t.Fatalf("trim %d: %v", i, err)
+		}
+		if err := c.commit(); err != nil {
+			t.Fatalf("commit of trim %d: %v", i, err)
+		}
+	}
+	must(t, c.Close())
+}

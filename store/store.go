@@ -388,9 +388,10 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	s.metrics.commits.Add(1)
 	// When room is short, what is overwritten must come back soon: a checkpoint
 	// for each segment, for trims and commits take space without reserving it.
-	free, _ := s.segments.room()
-	short := free < 2*reserveSegments && l.mu.head.serial > l.mu.snapshot
-	if short {
+	free, warm := s.segments.room()
+	few := free < 2*reserveSegments
+	short := (few || warm < reserveSegments) && l.mu.head.serial > l.mu.snapshot
+	if short && few {
 		s.givePinsUp()
 	}
 	if s.snapshot.Load() || short || s.dueLocked() {
@@ -692,7 +693,7 @@ func (s *Store) waitOverlay() error {
 			// many extents.
 			s.snapshot.Store(true)
 		}
-		s.opts.NeedCommit()
+		s.beginLocked()
 		s.progress.cond.Wait()
 	}
 	return s.Err()
@@ -734,8 +735,8 @@ func (s *Store) mapWorst(n, nodes uint64) uint64 {
 // Short tells whether so little room is left that what does not reserve any, such
 // as a trim, should wait for checkpoints.
 func (s *Store) Short() bool {
-	free, _ := s.segments.room()
-	return free < reserveSegments/2
+	free, warm := s.segments.room()
+	return min(free, warm) < reserveSegments/2
 }
 
 // trimsPending is the number of blocks in pending trims, of which the next
