@@ -367,6 +367,10 @@ func (d *Device) Geometry() store.Geometry { return d.store.Geometry() }
 // Recovery tells what opening the store found.
 func (d *Device) Recovery() store.Recovery { return d.store.Recovery() }
 
+// Appended is how many bytes of data have gone to the store since the device was
+// opened, and what they have taken there. It does not block.
+func (d *Device) Appended() (data, stored uint64) { return d.store.Appended() }
+
 // Err is the failure that has made the device read-only (promise P5), or nil.
 func (d *Device) Err() error { return d.store.Err() }
 

@@ -49,12 +49,17 @@ func (b backend) Trim(ctx context.Context, off, n uint64, fua bool) error {
 
 // BlockStatus knows data and holes; a hole reads as zeros.
 func (b backend) BlockStatus(ctx context.Context, off, n uint64, visit func(n uint64, s nbd.BlockState) bool) error {
-	return b.d.Allocation(ctx, off, n, func(n uint64, hole bool) bool {
+	return b.d.Allocation(ctx, off, n, allocation(visit))
+}
+
+// allocation tells visit in the protocol's words.
+func allocation(visit func(n uint64, s nbd.BlockState) bool) func(n uint64, hole bool) bool {
+	return func(n uint64, hole bool) bool {
 		if hole {
 			return visit(n, nbd.StateHole|nbd.StateZero)
 		}
 		return visit(n, 0)
-	})
+	}
 }
 
 func (b backend) Cache(ctx context.Context, off, n uint64) error { return b.d.Prefetch(ctx, off, n) }

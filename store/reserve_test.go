@@ -11,6 +11,7 @@ import (
 
 	"cnbd/extents"
 	"cnbd/internal/block"
+	"cnbd/internal/disk"
 	"cnbd/internal/disktest"
 )
 
@@ -26,7 +27,7 @@ type committed struct {
 }
 
 // openCommitted opens the store in d. Its Close is that of a killed process.
-func openCommitted(t testing.TB, d *disktest.Disk, o Options) *committed {
+func openCommitted(t testing.TB, d disk.File, o Options) *committed {
 	t.Helper()
 	c := &committed{t: t, want: make(chan struct{}, 1), quit: make(chan struct{})}
 	o.NeedCommit = func() {

@@ -69,6 +69,12 @@ func (st *Stats) Ratio() float64 {
 	return float64(st.DataBytes) / float64(st.StoredBytes)
 }
 
+// Appended is how many bytes of data have been appended since the store was opened,
+// and what they have taken. It does not block.
+func (s *Store) Appended() (data, stored uint64) {
+	return s.metrics.dataBytes.Load(), s.metrics.storedBytes.Load()
+}
+
 // Stats gathers the sizes. What the newest checkpoint does not have yet is looked
 // up, which may read a node of the map for each extent of it: call Checkpoint before,
 // on a store in use. Appends go on meanwhile.

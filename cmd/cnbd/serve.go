@@ -433,6 +433,16 @@ func (s *serving) open(v *served) (err error) {
 			StartScrub: v.device.StartScrub,
 			StopScrub:  v.device.StopScrub,
 			Scrub:      func() any { return v.device.Scrub() },
+			Regions:    func(ctx context.Context, bytes uint64) (any, error) { return regionsOf(ctx, v.device, bytes) },
+			Snapshot: func(ctx context.Context, take func() (net.Conn, error)) error {
+				log.Info().Msg("a snapshot is being read")
+				defer log.Info().Msg("the snapshot is given back")
+				return serveSnapshot(ctx, v.device, func(e nbd.Event) {
+					if e.Kind == nbd.EventRequestFailed {
+						s.event(e)
+					}
+				}, take)
+			},
 		})
 		v.socket = nil
 	}

@@ -12,6 +12,10 @@
 //	                   a scrub is begun that reads so much in a second at most (0: no
 //	                   limit); GET tells of the newest, DELETE ends it: 200 and how
 //	                   it is with it, null if there was none
+//	GET  /v1/regions?bytes=BYTES
+//	                   200 and how each part of the device of so many bytes is stored
+//	GET  /v1/snapshot  with "Upgrade: nbd": 101, and from then on NBD is spoken on the
+//	                   connection, whose only export is the device as it is now
 //
 // Else the answer is an error status and {"error": "in words"}; 400 says that what
 // was asked for cannot be meant.
@@ -19,10 +23,12 @@
 // Who may connect is decided by the permissions of the socket, which is the
 // caller's to make. A status and a resize have a time limit, and each line of a
 // compaction, so a client that stalls ends by itself. Requests of one kind are
-// answered one at a time, the others wait for their turn.
+// answered one at a time, the others wait for their turn; but a second snapshot is
+// refused.
 package control
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -56,6 +62,11 @@ const (
 	resizePath  = "/v1/resize"
 	compactPath = "/v1/compact"
 	scrubPath   = "/v1/scrub"
+	regionsPath = "/v1/regions"
+	snapPath    = "/v1/snapshot"
+
+	// snapProtocol is the name of NBD in an upgrade.
+	snapProtocol = "nbd"
 )
 
 // ErrRefused is wrapped by errors that say that what was asked for cannot be
@@ -78,6 +89,12 @@ type Handlers struct {
 	StartScrub func(rate uint64) error
 	StopScrub  func()
 	Scrub      func() any
+	// Regions tells how each part of so many bytes, at least one, is stored.
+	Regions func(ctx context.Context, bytes uint64) (any, error)
+	// Snapshot keeps the device as it is, then takes the client's connection, once, by
+	// take, and serves that on it until it ends or the context does. An error
+	// before that is what the client gets.
+	Snapshot func(ctx context.Context, take func() (net.Conn, error)) error
 }
 
 // A ResizeRequest is a wish for another size.
@@ -95,13 +112,13 @@ type Server struct {
 	served   chan struct{} // closed when the accept loop has ended
 
 	// Of capacity 1: held while the function of that name runs.
-	status, resize, compact, scrub chan struct{}
+	status, resize, compact, scrub, regions, snapshot chan struct{}
 }
 
 // Serve starts to answer on l, which it owns from now on.
 func Serve(l net.Listener, h Handlers) *Server {
 	turn := func() chan struct{} { return make(chan struct{}, 1) }
-	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn(), scrub: turn()}
+	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn(), scrub: turn(), regions: turn(), snapshot: turn()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	limited := func(f http.HandlerFunc) http.Handler {
@@ -111,6 +128,8 @@ func Serve(l net.Listener, h Handlers) *Server {
 	mux.Handle("POST "+resizePath, limited(s.answerResize))
 	mux.HandleFunc("POST "+compactPath, s.answerCompact)
 	mux.Handle(scrubPath, limited(s.answerScrub))
+	mux.Handle("GET "+regionsPath, limited(s.answerRegions))
+	mux.HandleFunc("GET "+snapPath, s.answerSnapshot)
 	s.http = &http.Server{
 		Handler:           mux,
 		ReadHeaderTimeout: requestTimeout,
@@ -174,6 +193,57 @@ func (s *Server) answerScrub(w http.ResponseWriter, r *http.Request) {
 		}
 		return s.handlers.Scrub(), nil
 	})
+}
+
+func (s *Server) answerRegions(w http.ResponseWriter, r *http.Request) {
+	answer(w, r, s.regions, func(ctx context.Context) (any, error) {
+		bytes, err := strconv.ParseUint(r.FormValue("bytes"), 10, 64)
+		if err != nil || bytes == 0 {
+			return nil, fmt.Errorf("%w: bytes: %q", ErrRefused, r.FormValue("bytes"))
+		}
+		return s.handlers.Regions(ctx, bytes)
+	})
+}
+
+// answerSnapshot hands the connection over. It holds its turn until that has ended,
+// so Close waits for it.
+func (s *Server) answerSnapshot(w http.ResponseWriter, r *http.Request) {
+	refuse := func(code int, err error) {
+		w.Header().Set("Content-Type", "application/json")
+		w.WriteHeader(code)
+		_ = json.NewEncoder(w).Encode(failure{err.Error()}) // fails with the client
+	}
+	if r.Header.Get("Upgrade") != snapProtocol {
+		refuse(http.StatusBadRequest, errors.New("a snapshot is read by NBD: ask for the upgrade"))
+		return
+	}
+	select {
+	case s.snapshot <- struct{}{}:
+		defer func() { <-s.snapshot }()
+	default:
+		refuse(http.StatusServiceUnavailable, errors.New("a snapshot of the store is being read by somebody else"))
+		return
+	}
+	taken := false
+	// The request's context ends when the connection is taken.
+	err := s.handlers.Snapshot(s.ctx, func() (net.Conn, error) {
+		taken = true
+		nc, _, err := http.NewResponseController(w).Hijack()
+		if err != nil {
+			return nil, err
+		}
+		// In NBD the server speaks first: nothing of the client is buffered.
+		_ = nc.SetDeadline(time.Now().Add(requestTimeout))
+		_, err = io.WriteString(nc, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: "+snapProtocol+"\r\n\r\n")
+		if err = errors.Join(err, nc.SetDeadline(time.Time{})); err != nil {
+			_ = nc.Close()
+			return nil, err
+		}
+		return nc, nil
+	})
+	if err != nil && !taken {
+		refuse(http.StatusServiceUnavailable, err)
+	}
 }
 
 // answer gives what f returns, when it is its turn.
@@ -275,7 +345,7 @@ func (s *Server) Close() error {
 		err = s.http.Close()
 	}
 	<-s.served
-	for _, turn := range []chan struct{}{s.status, s.resize, s.compact, s.scrub} {
+	for _, turn := range []chan struct{}{s.status, s.resize, s.compact, s.scrub, s.regions, s.snapshot} {
 		turn <- struct{}{} // never given back: its holder was the last
 	}
 	return err
@@ -339,6 +409,66 @@ func askScrub(ctx context.Context, socket, method, path string, v any) error {
 	return ask(ctx, socket, method, path, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
 }
 
+// Regions asks how each part of the device of so many bytes, at least one, is
+// stored, and decodes that into the value that v points to. It blocks, and fails, as
+// Status does.
+func Regions(ctx context.Context, socket string, bytes uint64, v any) error {
+	return ask(ctx, socket, http.MethodGet, fmt.Sprintf("%s?bytes=%d", regionsPath, bytes), answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
+}
+
+// Snapshot asks the server at the unix socket to keep the device as it is now. NBD is
+// to be spoken on the connection, whose export has the empty name; the snapshot ends
+// with it. It blocks, and fails, as Status does.
+func Snapshot(ctx context.Context, socket string) (net.Conn, error) {
+	fault := func(err error) (net.Conn, error) { return nil, fmt.Errorf("control: ask %s: %w", socket, err) }
+	nc, err := (&net.Dialer{Timeout: requestTimeout}).DialContext(ctx, "unix", socket)
+	if err != nil {
+		return fault(err)
+	}
+	_ = nc.SetDeadline(time.Now().Add(answerTimeout))
+	stop := context.AfterFunc(ctx, func() { _ = nc.Close() })
+	_, err = io.WriteString(nc, "GET "+snapPath+" HTTP/1.1\r\nHost: cnbd\r\nConnection: Upgrade\r\nUpgrade: "+snapProtocol+"\r\n\r\n")
+	in := bufio.NewReader(nc)
+	var resp *http.Response
+	if err == nil {
+		resp, err = http.ReadResponse(in, nil)
+	}
+	if !stop() {
+		err = context.Cause(ctx)
+	}
+	switch {
+	case err != nil:
+		_ = nc.Close()
+		return fault(err)
+	case resp.StatusCode != http.StatusSwitchingProtocols:
+		err := answered(socket, resp, json.NewDecoder(io.LimitReader(resp.Body, answerBytesMax)))
+		_ = nc.Close()
+		return nil, err
+	}
+	_ = nc.SetDeadline(time.Time{})
+	return &upgraded{nc, in}, nil
+}
+
+// An upgraded connection may have bytes that came right behind the answer.
+type upgraded struct {
+	net.Conn
+	in *bufio.Reader
+}
+
+func (u *upgraded) Read(p []byte) (int, error) { return u.in.Read(p) }
+
+// answered is the error of an answer that tells of one.
+func answered(socket string, resp *http.Response, body *json.Decoder) error {
+	var f failure
+	if body.Decode(&f) != nil || f.Error == "" {
+		f.Error = resp.Status
+	}
+	if resp.StatusCode == http.StatusBadRequest {
+		return fmt.Errorf("control: %s: %w: %s", socket, ErrRefused, f.Error)
+	}
+	return fmt.Errorf("control: %s answers: %s", socket, f.Error)
+}
+
 // ask sends one request and has take read the body of a good answer. A limit of 0
 // is none.
 func ask(ctx context.Context, socket, method, path string, limit time.Duration, take func(*json.Decoder) error) error {
@@ -368,14 +498,7 @@ func ask(ctx context.Context, socket, method, path string, limit time.Duration, 
 	}
 	body := json.NewDecoder(in)
 	if resp.StatusCode != http.StatusOK {
-		var f failure
-		if body.Decode(&f) != nil || f.Error == "" {
-			f.Error = resp.Status
-		}
-		if resp.StatusCode == http.StatusBadRequest {
-			return fmt.Errorf("control: %s: %w: %s", socket, ErrRefused, f.Error)
-		}
-		return fmt.Errorf("control: %s answers: %s", socket, f.Error)
+		return answered(socket, resp, body)
 	}
 	if err := take(body); err != nil {
 		return fmt.Errorf("control: answer of %s: %w", socket, err)

@@ -245,3 +245,67 @@ func TestCompactGivenUp(t *testing.T) {
 		t.Error("the server goes on")
 	}
 }
+
+// TestSnapshot: the connection is handed over, one at a time, and Close waits until
+// it is given back.
+func TestSnapshot(t *testing.T) {
+	socket := filepath.Join(t.TempDir(), "s")
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	fail := true
+	ended := make(chan struct{})
+	s := Serve(l, Handlers{Snapshot: func(ctx context.Context, take func() (net.Conn, error)) error {
+		if fail {
+			return errors.New("no commit")
+		}
+		nc, err := take()
+		if err != nil {
+			return err
+		}
+		defer close(ended)
+		defer nc.Close()
+		if _, err := io.WriteString(nc, "greeting"); err != nil {
+			return err
+		}
+		<-ctx.Done()
+		return nil
+	}})
+	if _, err := Snapshot(t.Context(), socket); err == nil || !strings.Contains(err.Error(), "no commit") {
+		t.Errorf("an error arrives as %v", err)
+	}
+	fail = false
+	nc, err := Snapshot(t.Context(), socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	p := make([]byte, 8)
+	if _, err := io.ReadFull(nc, p); err != nil || string(p) != "greeting" {
+		t.Errorf("%q, %v", p, err)
+	}
+	if _, err := Snapshot(t.Context(), socket); err == nil || !strings.Contains(err.Error(), "somebody else") {
+		t.Errorf("a second one: %v", err)
+	}
+	s.Close()
+	select {
+	case <-ended:
+	default:
+		t.Error("Close has returned while the connection is served")
+	}
+	if _, err := Snapshot(t.Context(), socket); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("after Close: %v", err)
+	}
+}
+
+func TestRegions(t *testing.T) {
+	socket := serveHandlers(t, Handlers{Regions: func(_ context.Context, bytes uint64) (any, error) { return bytes, nil }})
+	var n uint64
+	if err := Regions(t.Context(), socket, 1<<20, &n); err != nil || n != 1<<20 {
+		t.Errorf("%d, %v", n, err)
+	}
+	if err := Regions(t.Context(), socket, 0, &n); !errors.Is(err, ErrRefused) {
+		t.Errorf("parts of nothing: %v", err)
+	}
+}

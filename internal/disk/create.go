@@ -23,16 +23,37 @@ import (
 // it stays locked until it is replaced. A symbolic link is followed.
 //
 // fill borrows the File, which is locked, empty and closed by CreateFile.
-func CreateFile(path string, force bool, fill func(File) error) (err error) {
-	old, path, err := claimOld(path, force)
+func CreateFile(path string, force bool, fill func(File) error) error {
+	return Create(path, CreateOptions{Force: force}, func(f File, _ string) error { return fill(f) })
+}
+
+// CreateOptions are the settings of Create.
+type CreateOptions struct {
+	Force bool // as for CreateFile
+	// Resume has fill go on with what is left of a creation of the same path that
+	// was killed, or kept; without any it begins with an empty file as usual.
+	Resume bool
+	// Keep tells whether what fill has written is left, under its temporary name,
+	// when fill has failed with that error. It may be nil: nothing is.
+	Keep func(error) bool
+}
+
+// TemporaryName is where Create makes the file that is to be at path.
+func TemporaryName(path string) string {
+	return filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
+}
+
+// Create is CreateFile with more settings. fill is also told the temporary name.
+func Create(path string, o CreateOptions, fill func(f File, temp string) error) (err error) {
+	old, path, err := claimOld(path, o.Force)
 	if err != nil {
 		return err
 	}
 	if old != nil {
 		defer old.Close()
 	}
-	temp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path)+".new")
-	f, err := createLocked(temp)
+	temp := TemporaryName(path)
+	f, err := createLocked(temp, o.Resume)
 	if err != nil {
 		return err
 	}
@@ -44,7 +65,10 @@ func CreateFile(path string, force bool, fill func(File) error) (err error) {
 		}
 		f.Close()
 	}()
-	if err := fill(f); err != nil {
+	if err := fill(f, temp); err != nil {
+		if o.Keep != nil && o.Keep(err) {
+			place = ""
+		}
 		return err
 	}
 	if err := f.file.Sync(); err != nil {
@@ -98,10 +122,18 @@ func claimOld(path string, force bool) (*osFile, string, error) {
 }
 
 // createLocked creates path, which is nobody else's, and locks it. The lock
-// tells a creation at work from the remains of one that was killed.
-func createLocked(path string) (*osFile, error) {
+// tells a creation at work from the remains of one that was killed, which are
+// removed or, with resume, opened.
+func createLocked(path string, resume bool) (*osFile, error) {
 	for range lockTries {
 		file, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+		if errors.Is(err, fs.ErrExist) && resume {
+			f, err := open(path, OpenOptions{})
+			if errors.Is(err, fs.ErrNotExist) {
+				continue
+			}
+			return f, err
+		}
 		if errors.Is(err, fs.ErrExist) {
 			if err := removeUnlocked(path); err != nil {
 				return nil, err

@@ -218,3 +218,50 @@ func TestCreateFileRace(t *testing.T) {
 		only(t, dir, "store", "x")
 	}
 }
+
+// What a creation has kept, or left when it was killed, is there for the next one that
+// asks for it, and for no other.
+func TestCreateResume(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "store")
+	stopped, broken := errors.New("stopped"), errors.New("broken")
+	keep := func(err error) bool { return err == stopped }
+	create := func(resume bool, then error) (size int64, err error) {
+		err = disk.Create(path, disk.CreateOptions{Resume: resume, Keep: keep}, func(f disk.File, temp string) error {
+			if temp != disk.TemporaryName(path) {
+				t.Errorf("it is called %s", temp)
+			}
+			if _, err := disk.Open(temp, disk.OpenOptions{}); !errors.Is(err, disk.ErrLocked) {
+				t.Errorf("it is not locked: %v", err)
+			}
+			size, _ = f.Size()
+			if _, err := f.WriteAt([]byte("x"), size); err != nil {
+				return err
+			}
+			return then
+		})
+		return size, err
+	}
+	for i, step := range []struct {
+		resume bool
+		then   error
+		size   int64 // that it finds
+		left   string
+	}{
+		{true, stopped, 0, "x"}, {true, stopped, 1, "xx"}, {false, stopped, 0, "x"}, {true, broken, 1, ""}, {false, stopped, 0, "x"}, {true, nil, 1, "done"},
+	} {
+		if size, err := create(step.resume, step.then); err != step.then || size != step.size {
+			t.Errorf("step %d: found %d bytes, want %d; %v", i, size, step.size, err)
+		}
+		switch step.left {
+		case "":
+			if m := files(t, dir); len(m) != 0 {
+				t.Errorf("step %d: %q is left", i, m)
+			}
+		case "done":
+			only(t, dir, "store", "xx")
+		default:
+			only(t, dir, ".store.new", step.left)
+		}
+	}
+}
