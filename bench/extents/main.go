@@ -1,6 +1,7 @@
 // Command extents makes a store of very many extents and measures what their number
 // costs: the size of the map, the time and memory of opening after a clean stop and
-// after a crash, and the reads of the backing for a read of the device.
+// after a crash, the reads of the backing for a read of the device, and a TRIM of all
+// of it, which is made of the empty device as well.
 //
 //	go run ./bench/extents --dir DIR [--size 16TiB] [--count 100000000]
 //
@@ -12,6 +13,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"flag"
 	"fmt"
 	"math/rand/v2"
@@ -22,6 +24,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"cnbd/config"
 	"cnbd/device"
@@ -36,12 +40,14 @@ func main() {
 	dir := flag.String("dir", ".", "`directory` for the store")
 	size := flag.String("size", "16TiB", "`size` of the device")
 	count := flag.Int("count", 100_000_000, "`number` of extents")
-	child := flag.String("child", "", "`open` or crash: what a process of its own does, internal")
+	child := flag.String("child", "", "`step` that a process of its own does, internal")
 	flag.Parse()
 	var err error
 	switch b := (bench{path: filepath.Join(*dir, "extents.cnbd"), size: *size, count: *count}); *child {
 	case "open":
 		err = b.measure()
+	case "trim":
+		err = b.trim()
 	case "crash":
 		err = b.append(min(*count, 100_000), false) // and the process ends
 	default:
@@ -78,20 +84,28 @@ func (b bench) run() error {
 		return err
 	}
 	defer os.Remove(path)
+	if err := b.step("trim"); err != nil {
+		return err
+	}
 	start := time.Now()
 	if err := b.append(b.count, true); err != nil {
 		return err
 	}
 	fmt.Printf("%d extents appended in %v\n", b.count, time.Since(start).Round(time.Second))
-	for _, step := range []string{"open", "crash", "open"} {
-		fmt.Println(step)
-		c := exec.Command(os.Args[0], "--child", step, "--dir", filepath.Dir(path), "--count", fmt.Sprint(b.count))
-		c.Stdout, c.Stderr = os.Stdout, os.Stderr
-		if err := c.Run(); err != nil {
+	for _, step := range []string{"open", "crash", "open", "trim"} {
+		if err := b.step(step); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// step runs a step in a process of its own, of which the memory can be told.
+func (b bench) step(name string) error {
+	fmt.Println(name)
+	c := exec.Command(os.Args[0], "--child", name, "--dir", filepath.Dir(b.path), "--count", fmt.Sprint(b.count))
+	c.Stdout, c.Stderr = os.Stdout, os.Stderr
+	return c.Run()
 }
 
 // append appends count extents, and stops in the orderly way or not at all.
@@ -171,25 +185,80 @@ func payloadOf() []byte {
 	return out
 }
 
-// measure opens the store and reads blocks that it has, at random.
-func (b bench) measure() error {
+// open opens the store as a device. cache is the size of its map cache in MiB.
+func (b bench) open() (d *device.Device, g store.Geometry, cache int, err error) {
 	f, err := disk.Open(b.path, disk.OpenOptions{})
 	if err != nil {
-		return err
+		return nil, g, 0, err
 	}
-	g, err := store.ReadGeometry(f)
+	if g, err = store.ReadGeometry(f); err != nil {
+		return nil, g, 0, err
+	}
+	cache = max(32, int(8*(g.DeviceSize>>40))) // MiB: 8 for each TiB
+	d, err = device.Open(f, device.Options{CacheBytes: 64 << 20, MapCacheBytes: int64(cache) << 20, NoRecompress: true})
+	return d, g, cache, err
+}
+
+// trim trims all of the device, and waits until the work behind that is done, with
+// nobody asking for it: until the host has what it gets back.
+func (b bench) trim() error {
+	d, g, _, err := b.open()
 	if err != nil {
 		return err
 	}
-	cache := max(32, int(8*(g.DeviceSize>>40))) // MiB: 8 for each TiB
+	allocated := func() int64 {
+		var st unix.Stat_t
+		if err := unix.Stat(b.path, &st); err != nil {
+			return 0
+		}
+		return st.Blocks * 512
+	}
+	before, start := allocated(), time.Now()
+	if err := d.Trim(context.Background(), 0, g.DeviceSize, false); err != nil {
+		return err
+	}
+	answered := time.Since(start)
+	flush := time.Now()
+	if err := d.Sync(); err != nil {
+		return err
+	}
+	flushed := time.Since(flush)
+	page := make([]byte, block.Size)
+	if _, err := d.ReadAt(page, int64(place(b.count/2, b.count, g.Blocks()).Bytes())); err != nil {
+		return err
+	}
+	if !compression.IsZero(page) {
+		return errors.New("a trimmed block is not zero")
+	}
+	const still = 20 * time.Second
+	last, changed := before, time.Now()
+	for time.Since(changed) < still {
+		time.Sleep(100 * time.Millisecond)
+		if n := allocated(); n != last {
+			last, changed = n, time.Now()
+		}
+	}
+	fmt.Printf("  TRIM of %d GiB answered in %v, a FLUSH behind it in %v; on the host %d MiB before, %d MiB after %v; resident %d MiB at most\n", g.DeviceSize>>30,
+		answered.Round(time.Microsecond), flushed.Round(time.Microsecond), before>>20, last>>20, changed.Sub(start).Round(100*time.Millisecond), resident("VmHWM:"))
+	st, err := d.Status(context.Background())
+	if err != nil {
+		return err
+	}
+	fmt.Printf("  then %d extents in %d nodes, %d bytes of data, %d of trims pending, %d checkpoints\n", st.Store.Extents, st.Store.Nodes, st.Store.DataBytes,
+		st.Store.PendingTrims, st.Store.Checkpoints)
+	return d.Close()
+}
+
+// measure opens the store and reads blocks that it has, at random.
+func (b bench) measure() error {
 	start := time.Now()
-	d, err := device.Open(f, device.Options{CacheBytes: 64 << 20, MapCacheBytes: int64(cache) << 20, NoRecompress: true})
+	d, g, cache, err := b.open()
 	if err != nil {
 		return err
 	}
 	took := time.Since(start)
 	r := d.Recovery()
-	fmt.Printf("  opened in %v, %d records replayed; resident %d MiB (caches: pages 64, map %d)\n", took.Round(time.Millisecond), r.Records, resident(), cache)
+	fmt.Printf("  opened in %v, %d records replayed; resident %d MiB (caches: pages 64, map %d)\n", took.Round(time.Millisecond), r.Records, resident("VmRSS:"), cache)
 	st, err := d.Status(context.Background())
 	if err != nil {
 		return err
@@ -209,15 +278,16 @@ func (b bench) measure() error {
 		return err
 	}
 	fmt.Printf("  %d random reads of a block: %.2f reads of the map, %.2f of data each, %v; resident %d MiB\n", reads,
-		float64(st.Store.NodesRead-nodes)/reads, float64(st.Store.Reads-before)/reads, (took / reads).Round(time.Microsecond), resident())
+		float64(st.Store.NodesRead-nodes)/reads, float64(st.Store.Reads-before)/reads, (took / reads).Round(time.Microsecond), resident("VmRSS:"))
 	return d.Close()
 }
 
-// resident is the resident memory of the process in MiB.
-func resident() int {
+// resident is the resident memory of the process in MiB: now (VmRSS:), or at most
+// so far (VmHWM:).
+func resident(field string) int {
 	b, _ := os.ReadFile("/proc/self/status")
 	for line := range strings.Lines(string(b)) {
-		if f := strings.Fields(line); len(f) > 1 && f[0] == "VmRSS:" {
+		if f := strings.Fields(line); len(f) > 1 && f[0] == field {
 			n, _ := strconv.Atoi(f[1])
 			return n >> 10
 		}

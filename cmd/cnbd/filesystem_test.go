@@ -94,7 +94,7 @@ func TestFilesystems(t *testing.T) {
 			do(t, f.mkfs[0], append(slices.Clone(f.mkfs[1:]), m.loop)...)
 			tree := &fileTree{want: map[string]content{}, maybe: map[string]content{}}
 			tree.root = m.mount(f.name, f.mount)
-			tree.fill(t, sources)
+			tree.fill(t, sources, fillBytes)
 			tree.sync(t)
 			full := m.info()
 			m.log(began, "filled: %d files of %d bytes", len(tree.want), tree.bytes())
@@ -500,8 +500,8 @@ func (f *fileTree) bytes() (n int64) {
 // names are the paths of all files, in order.
 func (f *fileTree) names() []string { return slices.Sorted(maps.Keys(f.want)) }
 
-// fill writes copies of all sources until they hold fillBytes.
-func (f *fileTree) fill(t *testing.T, sources []sourceFile) {
+// fill writes copies of all sources until they hold so many bytes.
+func (f *fileTree) fill(t *testing.T, sources []sourceFile, bytes int64) {
 	t.Helper()
 	sums := make([]content, len(sources))
 	for i, s := range sources {
@@ -523,13 +523,13 @@ func (f *fileTree) fill(t *testing.T, sources []sourceFile) {
 		return nil
 	})
 	f.size, f.from = map[string]int64{}, map[string]int{}
-	for n, total := 0, 0; total < fillBytes; n++ {
+	for n, total := 0, int64(0); total < bytes; n++ {
 		i, copied := n%len(sources), n/len(sources)+1
 		s := sources[i]
 		name := fmt.Sprintf("copy%d/%s.%d", copied, s.path, copied)
 		jobs <- job{name, s.data}
 		f.want[name], f.size[name], f.from[name] = sums[i], int64(len(s.data)), i
-		total += len(s.data)
+		total += int64(len(s.data))
 	}
 	close(jobs)
 	if err := written(); err != nil {

@@ -39,18 +39,11 @@ func TestFio(t *testing.T) {
 			"--name=t", "--ioengine=nbd", "--uri=" + s.uri, "--iodepth=32",
 			fmt.Sprintf("--numjobs=%d", fioJobs), fmt.Sprintf("--size=%d", fioSize), fmt.Sprintf("--offset_increment=%d", fioSize),
 			"--verify_fatal=1", "--verify_state_save=0", "--buffer_compress_percentage=50", "--buffer_compress_chunk=4k",
-			fmt.Sprintf("--randseed=%d", rng.Uint64()>>1),
-			"--group_reporting", "--output-format=json",
+			fmt.Sprintf("--randseed=%d", rng.Uint64()>>1), "--group_reporting",
 		}, args...)
-		out := doFor(t, 2*time.Minute, fio, args...)
-		// Notes of fio may precede the report.
-		if i := strings.Index(out, "{"); i < 0 {
-			t.Fatalf("fio reports nothing: %q", out)
-		} else if err := json.Unmarshal([]byte(out[i:]), &r); err != nil {
-			t.Fatalf("%v in the report of fio: %s", err, out)
-		}
-		if len(r.Jobs) != 1 || r.Jobs[0].Error != 0 {
-			t.Fatalf("report of fio: %s", out)
+		r = fioReport(t, 2*time.Minute, fio, args...)
+		if len(r.Jobs) != 1 {
+			t.Fatalf("fio reports %d jobs", len(r.Jobs))
 		}
 		return r
 	}
@@ -100,15 +93,41 @@ func TestFio(t *testing.T) {
 // fioResult is what is looked at of the report of fio.
 type fioResult struct {
 	Jobs []struct {
-		Error int `json:"error"`
-		Read  struct {
-			Bytes int64 `json:"io_bytes"`
-		} `json:"read"`
-		Write struct {
-			Bytes int64 `json:"io_bytes"`
-		} `json:"write"`
-		Sync struct {
+		Error int     `json:"error"`
+		Read  fioSide `json:"read"`
+		Write fioSide `json:"write"`
+		Sync  struct {
 			Count int64 `json:"total_ios"`
 		} `json:"sync"`
 	} `json:"jobs"`
+}
+
+// A fioSide is the reads of a job, or its writes.
+type fioSide struct {
+	Bytes   int64 `json:"io_bytes"`
+	Count   int64 `json:"total_ios"`
+	Latency struct {
+		Percentile map[string]int64 `json:"percentile"`
+	} `json:"clat_ns"` // from submission to completion
+}
+
+// p99 is the time that all but a hundredth of the requests took at most.
+func (s *fioSide) p99() time.Duration { return time.Duration(s.Latency.Percentile["99.000000"]) }
+
+// fioReport is the report of fio with args, which must succeed within limit.
+func fioReport(t *testing.T, limit time.Duration, fio string, args ...string) (r fioResult) {
+	t.Helper()
+	out := doFor(t, limit, fio, append(args, "--output-format=json")...)
+	// Notes of fio may precede the report.
+	if i := strings.Index(out, "{"); i < 0 {
+		t.Fatalf("fio reports nothing: %q", out)
+	} else if err := json.Unmarshal([]byte(out[i:]), &r); err != nil {
+		t.Fatalf("%v in the report of fio: %s", err, out)
+	}
+	for _, j := range r.Jobs {
+		if j.Error != 0 {
+			t.Fatalf("report of fio: %s", out)
+		}
+	}
+	return r
 }

@@ -27,7 +27,7 @@ import (
 // what it takes on the host against what the codec alone makes of it.
 func TestImage(t *testing.T) {
 	nbdcopy, qemuImg, cmp := tool(t, "nbdcopy"), tool(t, "qemu-img"), tool(t, "cmp")
-	image := realImage(t)
+	image := realImage(t, imageSize, imageFiles)
 	const limit = 3 * time.Minute
 	for _, c := range []struct {
 		flags   []string
@@ -82,9 +82,10 @@ const (
 	imageFiles = 1100 << 20
 )
 
-// realImage makes a file with an ext4 filesystem of files that every machine
-// with a Go toolchain has: sources, objects, programs, libraries, texts.
-func realImage(t *testing.T) string {
+// realImage makes a file of size bytes with an ext4 filesystem of files of that
+// many bytes, which every machine with a Go toolchain has: sources, objects,
+// programs, libraries, texts.
+func realImage(t *testing.T, size, files int64) string {
 	t.Helper()
 	mkfs := tool(t, "mkfs.ext4")
 	dir := t.TempDir()
@@ -92,13 +93,13 @@ func realImage(t *testing.T) string {
 	var total int64
 	for i, root := range []string{strings.TrimSpace(do(t, "go", "env", "GOROOT")), "/usr"} {
 		err := filepath.WalkDir(root, func(path string, e fs.DirEntry, err error) error {
-			if total >= imageFiles {
+			if total >= files {
 				return fs.SkipAll
 			}
 			if err != nil || !e.Type().IsRegular() {
 				return nil // what cannot be read is left out
 			}
-			if st, err := e.Info(); err != nil || st.Size() > imageSize/8 {
+			if st, err := e.Info(); err != nil || st.Size() > size/8 {
 				return nil // one that might not fit as well
 			}
 			rel, err := filepath.Rel(root, path)
@@ -113,7 +114,7 @@ func realImage(t *testing.T) string {
 			t.Fatal(err)
 		}
 	}
-	doFor(t, 3*time.Minute, mkfs, "-q", "-F", "-d", tree, image, fmt.Sprint(imageSize>>10)+"k")
+	doFor(t, 3*time.Minute, mkfs, "-q", "-F", "-d", tree, image, fmt.Sprint(size>>10)+"k")
 	if err := os.RemoveAll(tree); err != nil {
 		t.Fatal(err)
 	}

@@ -133,17 +133,17 @@ func TestLargest(t *testing.T) {
 }
 
 // TestMkfs makes filesystems on a device of 1 TiB, which mkfs discards first. It
-// takes seconds, and little of the host.
+// takes seconds, hardly more than without, and little of the host.
 func TestMkfs(t *testing.T) {
 	needRoot(t)
 	needBlockDevice(t)
 	for _, f := range []struct {
-		mkfs, fsck []string
-		hostMax    uint64
+		mkfs, keep, fsck []string // keep: without discarding
+		hostMax          uint64
 	}{
 		// Its inode tables are written when it is mounted.
-		{[]string{"mkfs.ext4", "-q"}, []string{"e2fsck", "-fn"}, 4 << 20},
-		{[]string{"mkfs.xfs", "-q"}, []string{"xfs_repair", "-n"}, 1 << 20},
+		{[]string{"mkfs.ext4", "-q", "-F"}, []string{"-E", "nodiscard"}, []string{"e2fsck", "-fn"}, 4 << 20},
+		{[]string{"mkfs.xfs", "-q", "-f"}, []string{"-K"}, []string{"xfs_repair", "-n"}, 1 << 20},
 	} {
 		t.Run(f.mkfs[0], func(t *testing.T) {
 			tool(t, f.mkfs[0])
@@ -152,9 +152,12 @@ func TestMkfs(t *testing.T) {
 			m := &machine{t: t, backing: filepath.Join(t.TempDir(), "disk"), sector: "512"}
 			m.start("--size", "1TiB", m.backing)
 			m.attach()
-			began := time.Now()
-			do(t, f.mkfs[0], slices.Concat(f.mkfs[1:], []string{m.loop})...)
-			took := time.Since(began)
+			mkfs := func(args []string) time.Duration {
+				began := time.Now()
+				do(t, f.mkfs[0], slices.Concat(f.mkfs[1:], args, []string{m.loop})...)
+				return time.Since(began)
+			}
+			took := mkfs(nil)
 			m.detach()
 			m.server.stop(t)
 			st := &infoOf(t, m.backing).Store
@@ -164,6 +167,14 @@ func TestMkfs(t *testing.T) {
 			}
 			m.start(m.backing)
 			m.attach()
+			keeps, discards := []time.Duration{}, []time.Duration{}
+			for range 3 {
+				keeps, discards = append(keeps, mkfs(f.keep)), append(discards, mkfs(nil))
+			}
+			t.Logf("again without discarding %v, with %v", keeps, discards)
+			if with, without := slices.Min(discards), slices.Min(keeps); with > 2*without+time.Second {
+				t.Errorf("discarding takes long: %v, without it %v", with, without)
+			}
 			do(t, f.fsck[0], slices.Concat(f.fsck[1:], []string{m.loop})...)
 			m.detach()
 			m.server.stop(t)
