@@ -2,6 +2,7 @@ package device
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"syscall"
 
@@ -13,7 +14,7 @@ import (
 // A Snapshot is the device as it was at one commit, to be read while the device goes
 // on being written. What is overwritten meanwhile takes its space until Close; when
 // writes need that space the snapshot is lost, and everything fails with an error
-// that wraps store.ErrPinLost. All methods but Close may be called concurrently.
+// that wraps store.ErrPinLost and syscall.ENOSPC. All methods but Close may be called concurrently.
 type Snapshot struct {
 	d    *Device
 	pin  *store.Pin
@@ -151,7 +152,11 @@ func (s *Snapshot) visit(ctx context.Context, r block.Range, ext *[]extents.Exte
 			return context.Cause(ctx)
 		}
 		var err error
-		if more, err = window(); err != nil {
+		more, err = window()
+		switch {
+		case errors.Is(err, store.ErrPinLost):
+			return fmt.Errorf("device: %w: %w", syscall.ENOSPC, err)
+		case err != nil:
 			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 		}
 	}

@@ -80,6 +80,7 @@ func CreateImage(ctx context.Context, path, format string, size uint64) error {
 type Image struct {
 	*Export
 	client *nbd.Client
+	tool   string
 	cmd    *exec.Cmd
 	stderr bytes.Buffer
 }
@@ -114,7 +115,7 @@ func OpenImage(ctx context.Context, path, format string, readOnly bool) (_ *Imag
 	if readOnly {
 		args = append(args, "--read-only")
 	}
-	im := &Image{cmd: exec.Command("/bin/sh", append(args, "--", path)...)}
+	im := &Image{tool: tool, cmd: exec.Command("/bin/sh", append(args, "--", path)...)}
 	im.cmd.Env = append(os.Environ(), "LISTEN_FDS=1")
 	im.cmd.ExtraFiles = []*os.File{f}
 	im.cmd.Stderr = &im.stderr
@@ -131,11 +132,9 @@ func OpenImage(ctx context.Context, path, format string, readOnly bool) (_ *Imag
 	l.Close()
 	f.Close()
 	if im.client, err = nbd.NewClient(ctx, nc, ""); err != nil {
-		im.kill()
-		if text := strings.TrimSpace(im.stderr.String()); text != "" {
-			err = toolError(tool, im.cmd.Wait(), im.stderr.Bytes())
-		} else {
-			_ = im.cmd.Wait()
+		im.kill() // if it has not ended by itself, and said why
+		if exit := im.cmd.Wait(); im.stderr.Len() > 0 {
+			err = toolError(tool, exit, im.stderr.Bytes())
 		}
 		return nil, err
 	}
@@ -156,7 +155,7 @@ func (im *Image) Close(ctx context.Context) error {
 		im.kill()
 	}
 	if exit := im.cmd.Wait(); exit != nil && err == nil {
-		err = toolError(im.cmd.Args[4], exit, im.stderr.Bytes())
+		err = toolError(im.tool, exit, im.stderr.Bytes())
 	}
 	return err
 }
