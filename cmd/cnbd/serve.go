@@ -433,7 +433,7 @@ func (s *serving) open(v *served) (err error) {
 			StartScrub: v.device.StartScrub,
 			StopScrub:  v.device.StopScrub,
 			Scrub:      func() any { return v.device.Scrub() },
-			Regions:    func(ctx context.Context, bytes uint64) (any, error) { return regionsOf(ctx, v.device, bytes) },
+			Regions:    func(ctx context.Context) (any, error) { return mapDevice(ctx, v.device) },
 			Snapshot: func(ctx context.Context, take func() (net.Conn, error)) error {
 				log.Info().Msg("a snapshot is being read")
 				defer log.Info().Msg("the snapshot is given back")

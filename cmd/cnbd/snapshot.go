@@ -82,13 +82,3 @@ func (l *oneConnection) Close() error {
 }
 
 func (l *oneConnection) Addr() net.Addr { return l.addr }
-
-// regionsOf tells how each part of d of so many bytes is stored.
-func regionsOf(ctx context.Context, d *device.Device, bytes uint64) ([]device.Region, error) {
-	snap, err := d.Snapshot(ctx)
-	if err != nil {
-		return nil, err
-	}
-	defer snap.Close()
-	return snap.Regions(ctx, bytes)
-}

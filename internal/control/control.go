@@ -12,8 +12,7 @@
 //	                   a scrub is begun that reads so much in a second at most (0: no
 //	                   limit); GET tells of the newest, DELETE ends it: 200 and how
 //	                   it is with it, null if there was none
-//	GET  /v1/regions?bytes=BYTES
-//	                   200 and how each part of the device of so many bytes is stored
+//	GET  /v1/regions   200 and how each part of the device is stored
 //	GET  /v1/snapshot  with "Upgrade: nbd": 101, and from then on NBD is spoken on the
 //	                   connection, whose only export is the device as it is now
 //
@@ -89,8 +88,8 @@ type Handlers struct {
 	StartScrub func(rate uint64) error
 	StopScrub  func()
 	Scrub      func() any
-	// Regions tells how each part of so many bytes, at least one, is stored.
-	Regions func(ctx context.Context, bytes uint64) (any, error)
+	// Regions tells how each part of the device is stored.
+	Regions func(context.Context) (any, error)
 	// Snapshot keeps the device as it is, then takes the client's connection, once, by
 	// take, and serves that on it until it ends or the context does. An error
 	// before that is what the client gets.
@@ -196,13 +195,7 @@ func (s *Server) answerScrub(w http.ResponseWriter, r *http.Request) {
 }
 
 func (s *Server) answerRegions(w http.ResponseWriter, r *http.Request) {
-	answer(w, r, s.regions, func(ctx context.Context) (any, error) {
-		bytes, err := strconv.ParseUint(r.FormValue("bytes"), 10, 64)
-		if err != nil || bytes == 0 {
-			return nil, fmt.Errorf("%w: bytes: %q", ErrRefused, r.FormValue("bytes"))
-		}
-		return s.handlers.Regions(ctx, bytes)
-	})
+	answer(w, r, s.regions, s.handlers.Regions)
 }
 
 // answerSnapshot hands the connection over. It holds its turn until that has ended,
@@ -409,11 +402,10 @@ func askScrub(ctx context.Context, socket, method, path string, v any) error {
 	return ask(ctx, socket, method, path, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
 }
 
-// Regions asks how each part of the device of so many bytes, at least one, is
-// stored, and decodes that into the value that v points to. It blocks, and fails, as
-// Status does.
-func Regions(ctx context.Context, socket string, bytes uint64, v any) error {
-	return ask(ctx, socket, http.MethodGet, fmt.Sprintf("%s?bytes=%d", regionsPath, bytes), answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
+// Regions asks how each part of the device is stored, and decodes that into the value
+// that v points to. It blocks, and fails, as Status does.
+func Regions(ctx context.Context, socket string, v any) error {
+	return ask(ctx, socket, http.MethodGet, regionsPath, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
 }
 
 // Snapshot asks the server at the unix socket to keep the device as it is now. NBD is

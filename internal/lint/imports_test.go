@@ -42,6 +42,7 @@ var allowed = map[string][]string{
 	"asyncq":    leaves,
 	"extents":   leaves,
 
+	"internal/picture":  nil,                                                 // for cmd/cnbd alone
 	"internal/transfer": {"nbd"},                                             // for cmd/cnbd alone
 	"internal/estimate": {"internal/block", "internal/compression", "store"}, // for cmd/cnbd alone
 
