@@ -32,9 +32,19 @@ tmp=$(mktemp -d)
 trap 'rm -rf "$tmp"' EXIT
 arm=(qemu-aarch64-static $dir/cnbd-arm64)
 [ "$("${arm[@]}" version)" = "cnbd $version ($(go env GOVERSION), linux/arm64)" ] || fail "arm64: $("${arm[@]}" version)"
-"${arm[@]}" create --size 64MiB "$tmp/s"
-"${arm[@]}" check --data "$tmp/s" >/dev/null
-$dir/cnbd-amd64 check --data "$tmp/s" >/dev/null # the same format
+# In memory: the emulator says of files on disks that they have no direct I/O.
+shm=$(mktemp -d -p /dev/shm)
+trap 'rm -rf "$tmp" "$shm"' EXIT
+"${arm[@]}" create --size 64MiB "$shm/s"
+"${arm[@]}" serve --log-level error "$shm/s" >"$shm/uri" &
+arm_pid=$!
+for ((i = 0; i < 300; i++)); do [ ! -s "$shm/uri" ] || break; sleep 0.1; done
+head -c 1M /dev/urandom >"$shm/data"
+nbdcopy "$shm/data" "$(cat "$shm/uri")"
+nbdcopy "$(cat "$shm/uri")" - | cmp -n 1048576 - "$shm/data" || fail 'the server for arm64 returns something else'
+kill $arm_pid
+wait $arm_pid || fail "the server for arm64 ended with status $?"
+$dir/cnbd-amd64 check --data "$shm/s" >/dev/null # the same format
 
 say 'built again, elsewhere and from nothing: the same bytes'
 mkdir "$tmp/again"
@@ -48,8 +58,10 @@ done
 say 'install, remove, purge'
 if [ ! -e $tree/etc/debian_version ]; then
 	rm -rf $tree
-	mmdebstrap --quiet --variant=minbase --include=systemd bookworm $tree
+	mmdebstrap --quiet --variant=minbase --include=systemd trixie $tree
 fi
+mount -t proc proc $tree/proc
+trap 'umount $tree/proc; rm -rf "$tmp" "$shm"' EXIT
 in_tree() { chroot $tree "$@"; }
 package() { dpkg --root=$tree "$@" >"$tmp/dpkg" 2>&1 || { cat "$tmp/dpkg" >&2; fail "dpkg $*"; }; }
 files() { (cd $tree && find . -xdev ! -type d ! -path './var/lib/dpkg/*' ! -path './var/log/*' ! -path './etc/*-' ! -path './etc/.pwd.lock' | sort); }
