@@ -190,7 +190,14 @@ func (c *conn) transmit() error {
 	if c.agreed.mode >= ExtendedHeaders {
 		size, decode = requestExtSize, decodeExtended
 	}
-	for {
+	turn := roundRequests
+	for left := turn; ; left-- {
+		if c.in.waited {
+			c.in.waited, left = false, turn // it has given way
+		} else if left <= 0 {
+			turn = c.s.turns.pass()
+			left = turn
+		}
 		b, err := c.in.request(size)
 		if err != nil {
 			return err

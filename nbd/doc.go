@@ -41,6 +41,13 @@
 // Deadlines and the end of the connection are still those of the socket. What was
 // agreed on before is forgotten, for it may not have been the client that said it.
 //
+// # Turns
+//
+// A reader that finds a request whenever it looks gives way after a turn of some
+// requests, until the network has been looked at; the more such readers there are,
+// the shorter are their turns. So a client that sends one request at a time waits as
+// long as a round of all others takes, however many requests they have ready.
+//
 // # Places
 //
 // At most ConnectionsMax connections have a place. One that is still in its
@@ -72,6 +79,6 @@
 //
 // # Locks
 //
-// Outermost first: Server.mu, receiver.mu. The mutexes of conn and budget are
-// leaves. None is held during I/O or a call of the backend.
+// Outermost first: Server.mu, receiver.mu. The mutexes of conn, budget and turns
+// are leaves. None is held during I/O or a call of the backend.
 package nbd

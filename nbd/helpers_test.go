@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/tls"
+	"errors"
 	"fmt"
 	"math/rand/v2"
 	"net"
@@ -295,6 +296,9 @@ func serve(t testing.TB, opts Options) *testServer {
 		m := s.Metrics()
 		if m.Connections != 0 || m.RequestsInFlight != 0 {
 			t.Errorf("after Close: %d connections, %d requests in flight", m.Connections, m.RequestsInFlight)
+		}
+		if err := s.turns.event.Close(); !errors.Is(err, os.ErrClosed) {
+			t.Errorf("after Close: the descriptor for turns is open (%v)", err)
 		}
 		for _, e := range opts.Exports {
 			if d, ok := e.Backend.(*memDisk); ok {

@@ -43,8 +43,31 @@ var stuck = []nuisance{
 	func(s *testServer, _ <-chan struct{}) { s.raw() },
 }
 
+// flood is the nuisance that sends p without end and takes what is answered.
+func flood(p []byte) nuisance {
+	return func(s *testServer, stop <-chan struct{}) {
+		rc := s.rawGo()
+		go io.Copy(io.Discard, rc)
+		go func() {
+			<-stop
+			rc.Close()
+		}()
+		for {
+			if _, err := rc.Write(p); err != nil {
+				return
+			}
+		}
+	}
+}
+
+// floods are small requests without end, and refused ones.
+var floods = []nuisance{
+	flood(bytes.Repeat(header{cmd: CmdRead, n: 1}.appendTo(nil), 100)),
+	flood(bytes.Repeat(header{cmd: 99}.appendTo(nil), 100)),
+}
+
 // busy are the nuisances that keep the processor busy, here even twice.
-var busy = []nuisance{
+var busy = append([]nuisance{
 	// garbage after GO
 	func(s *testServer, stop <-chan struct{}) {
 		garbage := []byte(strings.Repeat("\xff\x00garbage\x25\x60\x95\x13", 100))
@@ -60,39 +83,7 @@ var busy = []nuisance{
 			rc.Close()
 		}
 	},
-	// small requests without end
-	func(s *testServer, stop <-chan struct{}) {
-		rc := s.rawGo()
-		go io.Copy(io.Discard, rc)
-		small := bytes.Repeat(header{cmd: CmdRead, n: 1}.appendTo(nil), 100)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				if _, err := rc.Write(small); err != nil {
-					return
-				}
-			}
-		}
-	},
-	// refused requests without end
-	func(s *testServer, stop <-chan struct{}) {
-		rc := s.rawGo()
-		go io.Copy(io.Discard, rc)
-		bad := bytes.Repeat(header{cmd: 99}.appendTo(nil), 100)
-		for {
-			select {
-			case <-stop:
-				return
-			default:
-				if _, err := rc.Write(bad); err != nil {
-					return
-				}
-			}
-		}
-	},
-}
+}, floods...)
 
 // However many clients are hostile, in all these ways at once, others get right data
 // and their part of the time, and memory stays within its limits.
@@ -172,4 +163,43 @@ func TestHostileClients(t *testing.T) {
 	}
 	data, _ := d.contents()
 	mustEqual(t, "the disk", data[3<<20:], model)
+}
+
+// A client with one request at a time has its turn beside many that flood the server:
+// for each of its own few rounds of theirs are served. (It waits twice for the network,
+// the server and itself, which are one process here. Without turns it is 40 rounds.)
+func TestFloods(t *testing.T) {
+	dirs := newCertDirs(t)
+	s := serve(t, Options{Exports: []Export{{Backend: newNullDisk(1)}}, TLS: dirs.load(t)})
+	p := newPipeline(s, SimpleReplies, CmdRead, 1)
+	served := func() uint64 {
+		m := s.Metrics()
+		return m.Read.Requests + m.Unknown.Requests
+	}
+	stop := make(chan struct{})
+	var group sync.WaitGroup
+	for _, c := range []*tls.Config{nil, clientConfig(t, dirs.client)} {
+		one := *s
+		one.tls = c
+		for _, n := range floods {
+			for range 9 {
+				group.Go(func() { n(&one, stop) })
+			}
+		}
+	}
+	eventually(t, "all flood it", func() bool { return s.Metrics().Connections == 37 && served() > 37*roundRequests })
+	n, from, begin := 0, served(), time.Now()
+	for ; n < 200 && time.Since(begin) < 2*time.Second; n++ {
+		if err := p.run(1, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	took, others := time.Since(begin), served()-from-uint64(n)
+	close(stop)
+	group.Wait()
+	per := others / uint64(n)
+	t.Logf("%d requests in %v, %d of others served for each", n, took, per)
+	if per > 16*roundRequests {
+		t.Errorf("%d requests of others were served for each, a round has %d", per, roundRequests)
+	}
 }

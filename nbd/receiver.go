@@ -65,6 +65,8 @@ type receiver struct {
 	deadline  time.Time // that deadline
 	timed     bool      // nc may have a read deadline
 
+	waited bool // for bytes; whoever asks resets it. Not noted of TLS, nor inside a header
+
 	// The state of a readv, so that none allocates.
 	iov      []unix.Iovec
 	readvFn  func(fd uintptr) bool
@@ -92,6 +94,7 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 			// unix.Readv would allocate for each call with more than 8 segments.
 			n, _, errno := unix.Syscall(unix.SYS_READV, fd, uintptr(unsafe.Pointer(&rc.iov[0])), uintptr(len(rc.iov)))
 			rc.readvN, rc.readvErr = int(n), errno
+			rc.waited = rc.waited || errno == unix.EAGAIN
 			if errno != unix.EINTR {
 				return errno != unix.EAGAIN
 			}
@@ -149,7 +152,7 @@ func (rc *receiver) request(size int) ([]byte, error) {
 			return nil, err
 		}
 		rc.r, rc.w = 0, 0
-		n, err := rc.src.Read(rc.buf)
+		n, err := rc.fill()
 		rc.w = n
 		if n == 0 && err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -168,6 +171,24 @@ func (rc *receiver) request(size int) ([]byte, error) {
 		return nil, errStopped
 	}
 	return rc.next(size)
+}
+
+// fill reads into the empty buffer as src.Read does, and notes if it has to wait.
+func (rc *receiver) fill() (int, error) {
+	if rc.raw == nil {
+		return rc.src.Read(rc.buf)
+	}
+	rc.iov = appendIovec(rc.iov[:0], rc.buf)
+	defer clear(rc.iov)
+	switch err := rc.raw.Read(rc.readvFn); {
+	case err != nil:
+		return 0, err
+	case rc.readvErr != 0:
+		return 0, os.NewSyscallError("readv", rc.readvErr)
+	case rc.readvN == 0:
+		return 0, io.EOF
+	}
+	return rc.readvN, nil
 }
 
 // armIdle prepares the wait for a request.

@@ -248,6 +248,7 @@ type Server struct {
 	exports map[string]*namedExport // immutable, by the names that clients may ask for
 
 	budget   budget
+	turns    turns
 	counters counters
 
 	mu struct {
@@ -273,6 +274,9 @@ func NewServer(opts Options) (*Server, error) {
 		exports:  make(map[string]*namedExport),
 		stopping: make(chan struct{}),
 		idle:     make(chan struct{}),
+	}
+	if err := s.turns.init(); err != nil {
+		return nil, err
 	}
 	s.budget.init(s.opts.BytesMax, uint64(s.opts.PayloadBytesMax), s.opts.ConnectionsMax)
 	s.opts.Exports = append([]Export(nil), opts.Exports...)
@@ -420,8 +424,14 @@ func (s *Server) ended(c *conn, err error) {
 		s.mu.displaced--
 	}
 	if s.mu.stopping && len(s.mu.conns) == 0 {
-		close(s.idle)
+		s.end()
 	}
+}
+
+// end is the end of the last connection. REQUIRES: s.mu held.
+func (s *Server) end() {
+	s.turns.close()
+	close(s.idle)
 }
 
 // stop closes the listeners and, in good order, the connections.
@@ -440,7 +450,7 @@ func (s *Server) stop() {
 		c.in.stop()
 	}
 	if len(s.mu.conns) == 0 {
-		close(s.idle)
+		s.end()
 	}
 }
 
