@@ -440,7 +440,11 @@ func (v *randomDevice) quiet() (*Device, error) {
 	o.CommitInterval, o.WritebackPeriod, o.DirtyExpire, o.Warn = time.Hour, time.Hour, time.Hour, nil
 	o.BackgroundBytes, o.CheckpointBytes = 24*block.Size, 1<<30
 	v.disk = v.disk.Clone()
-	return Open(v.disk, o)
+	d, err := Open(v.disk, o)
+	if err == nil {
+		d.store.StopCleaning() // its checkpoints need commits
+	}
+	return d, err
 }
 
 // meet has requests and writeback meet at moments that last for nanoseconds, by
