@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"syscall"
 	"testing"
 	"time"
 
@@ -30,6 +31,7 @@ type powerCuts struct {
 	opts Options
 	disk *disktest.Disk // of the history being run, recording
 	from int64          // its first operation that can be cut
+	thin bool           // there is less than it shows, so writes are refused
 
 	mu    sync.Mutex
 	kills []kill // guarded by mu; what the history has gone through
@@ -40,6 +42,7 @@ type powerCuts struct {
 	histories, cuts, recoveries int
 	stats                       store.Stats // sums of some of its counters
 	frozen                      uint64      // blocks changed between the freeze of what they had and its hand-off
+	refused                     uint64      // requests for which there was no space
 }
 
 // A kill is the disk that is found, with no power cut, when the process was killed
@@ -49,21 +52,39 @@ type kill struct {
 	at   int64
 }
 
-// newPowerCuts formats a device of some blocks and a bit.
+// thinBlocks is the size of a thin device, which is a bit more than what fits into the
+// smallest capacity; thinStep the bytes of the requests that fill it.
+const (
+	thinBlocks = 256
+	thinStep   = 16 * block.Size
+)
+
+// newPowerCuts formats a device of some blocks and a bit. A quarter of them are thin.
 func newPowerCuts(t *testing.T, seed uint64, blocks, bit int64) *powerCuts {
 	t.Helper()
 	rng := rand.New(rand.NewPCG(seed, 1))
-	p := &powerCuts{rng: rng, size: blocks*block.Size + bit, decoder: compression.NewDecoder(1)}
+	thin := seed%4 == 1
+	if thin {
+		blocks = thinBlocks
+	}
+	p := &powerCuts{rng: rng, thin: thin, size: blocks*block.Size + bit, decoder: compression.NewDecoder(1)}
 	t.Cleanup(p.decoder.Close)
 	p.opts = Options{CacheBytes: block.Size * 8 << rng.IntN(4), PayloadBytes: 128 * block.Size, MapCacheBytes: 32 << 10, Workers: 2,
 		CheckpointBytes: 4 << 10 << rng.IntN(5), CommitInterval: 300 * time.Microsecond << rng.IntN(4),
 		WritebackPeriod: 200 * time.Microsecond, DirtyExpire: 300 * time.Microsecond << rng.IntN(4), CleanPeriod: 100 * time.Microsecond << rng.IntN(6)}
-	g := testGeometry(uint64(p.size), []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)])
+	codec := []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)]
+	if thin {
+		codec = compression.None
+	}
+	g := testGeometry(uint64(p.size), codec)
 	g.ExtentBlocks = 4 << rng.IntN(4)
 	g.Capacity = 24 * store.SegmentSizeMin
+	if p.thin {
+		g.Capacity = store.MinCapacity(store.SegmentSizeMin)
+	}
 	f := disktest.New(seed, disktest.Options{SectorSize: []int{512, 4096}[rng.IntN(2)]})
 	format(t, f, g)
-	if rng.IntN(4) == 0 {
+	if rng.IntN(4) == 0 && !thin {
 		f = p.age(t, f)
 	}
 	p.begin(f)
@@ -292,12 +313,13 @@ func runPowerCuts(t *testing.T, f func(t *testing.T, seed uint64) (*powerCuts, e
 	if disktest.Scale(t) > 1 {
 		histories *= 10 // a long run: 10,000 in both tests at the scale of `make test-long`
 	}
-	for ; sum.histories < histories; seed++ {
+	for ; sum.histories < histories || !sum.thin; seed++ {
 		p, err := f(t, seed)
 		if err != nil {
 			t.Fatalf("CNBD_SEED=%d, history %d of the device: %v", seed, p.histories, err)
 		}
 		sum.histories += p.histories
+		sum.thin = sum.thin || p.thin
 		sum.cuts += p.cuts
 		sum.recoveries += p.recoveries
 		sum.stats.Commits += p.stats.Commits
@@ -305,12 +327,28 @@ func runPowerCuts(t *testing.T, f func(t *testing.T, seed uint64) (*powerCuts, e
 		sum.stats.LogWritten += p.stats.LogWritten
 		sum.stats.Moved += p.stats.Moved
 		sum.frozen += p.frozen
+		sum.refused += p.refused
 	}
-	t.Logf("%d histories, %d power cuts, %d recoveries; %d commits, %d checkpoints, %d MiB of log, %d KiB moved, %d frozen blocks changed; %v", sum.histories,
-		sum.cuts, sum.recoveries, sum.stats.Commits, sum.stats.Checkpoints, sum.stats.LogWritten>>20, sum.stats.Moved>>10, sum.frozen, time.Since(start).Round(time.Millisecond))
+	t.Logf("%d histories, %d power cuts, %d recoveries; %d commits, %d checkpoints, %d MiB of log, %d KiB moved, %d frozen blocks changed, %d requests refused; %v", sum.histories,
+		sum.cuts, sum.recoveries, sum.stats.Commits, sum.stats.Checkpoints, sum.stats.LogWritten>>20, sum.stats.Moved>>10, sum.frozen, sum.refused, time.Since(start).Round(time.Millisecond))
 	if sum.histories > 50 && sum.stats.Checkpoints == 0 {
 		t.Error("no history reached a checkpoint")
 	}
+	if sum.refused == 0 {
+		t.Error("no request was refused for want of space")
+	}
+}
+
+// refuses tells whether err, of a request of this verb, says that there is no space,
+// and counts that. A thin device may say so to what writes (promise P4).
+func (p *powerCuts) refuses(v disktest.Verb, err error) bool {
+	if !p.thin || !errors.Is(err, syscall.ENOSPC) || v != disktest.VerbWrite && v != disktest.VerbZeroes {
+		return false
+	}
+	p.mu.Lock()
+	p.refused++
+	p.mu.Unlock()
+	return true
 }
 
 // TestPowerCutOneClient: one connection with requests of any alignment. After a
@@ -340,9 +378,15 @@ func oneClient(t *testing.T, seed uint64) (*powerCuts, error) {
 		if err != nil {
 			return p, err
 		}
-		for range 16 + p.rng.IntN(24) {
+		for i := int64(0); i < 16+p.rng.Int64N(24); i++ {
 			r := hist.Next()
-			if _, err := do(t.Context(), d, r, 0, nil); err != nil {
+			if p.thin && n == 1 && p.refused == 0 {
+				r.Verb, r.Content, r.Off, r.Len = disktest.VerbWrite, disktest.Described, i*thinStep%p.size, thinStep
+				r.Len = min(r.Len, p.size-r.Off)
+			}
+			if _, err := do(t.Context(), d, r, 0, nil); p.refuses(r.Verb, err) {
+				continue // nothing has changed
+			} else if err != nil {
 				return p, fmt.Errorf("%v: %w", r, err)
 			}
 			model.Do(r)
@@ -393,19 +437,25 @@ func TestPowerCutManyClients(t *testing.T) {
 }
 
 func manyClients(t *testing.T, seed uint64) (*powerCuts, error) {
-	blocks := 32 + int(seed%64)
-	p := newPowerCuts(t, seed, int64(blocks), 0)
+	p := newPowerCuts(t, seed, 32+int64(seed%64), 0)
+	blocks := int(p.size / block.Size)
 	log := disktest.NewCutLog(disktest.CutOptions{Seed: seed, Blocks: blocks, Now: func() int64 { return p.disk.Ops() }})
 	for n := 1; ; n++ {
 		d, err := Open(p.disk, p.opts)
 		if err != nil {
 			return p, err
 		}
+		for at := 0; p.thin && n == 1 && p.refused == 0; at = (at + 16) % blocks {
+			op := log.Send(0, disktest.VerbWrite, block.Span(block.Index(at), 16), false)
+			if err := p.do(t.Context(), d, log, op); err != nil {
+				return p, errors.Join(err, d.Abort())
+			}
+		}
 		errs := make([]error, 2+p.rng.IntN(3))
 		var wg sync.WaitGroup
 		for c := range errs {
 			rng := rand.New(rand.NewPCG(p.rng.Uint64(), 0))
-			wg.Go(func() { errs[c] = cutClient(t.Context(), d, log, rng, c, blocks) })
+			wg.Go(func() { errs[c] = p.client(t.Context(), d, log, rng, c, blocks) })
 		}
 		stop := make(chan struct{})
 		var beside sync.WaitGroup
@@ -481,8 +531,8 @@ func compact(d *Device, stop chan struct{}) {
 	}
 }
 
-// cutClient is one connection of a history: some requests, one after the other.
-func cutClient(ctx context.Context, d *Device, log *disktest.CutLog, rng *rand.Rand, client, blocks int) error {
+// client is one connection of a history: some requests, one after the other.
+func (p *powerCuts) client(ctx context.Context, d *Device, log *disktest.CutLog, rng *rand.Rand, client, blocks int) error {
 	for range 4 + rng.IntN(8) {
 		verb := disktest.VerbWrite
 		switch n := rng.IntN(20); {
@@ -503,11 +553,22 @@ func cutClient(ctx context.Context, d *Device, log *disktest.CutLog, rng *rand.R
 		}
 		r := block.Span(block.Index(start), block.Count(n))
 		fua := verb != disktest.VerbFlush && rng.IntN(16) == 0
-		op := log.Send(client, verb, r, fua)
-		if err := doCut(ctx, d, op); err != nil {
-			return fmt.Errorf("%v: %w", op, err)
+		if err := p.do(ctx, d, log, log.Send(client, verb, r, fua)); err != nil {
+			return err
 		}
+	}
+	return nil
+}
+
+// do carries op out on the device and notes the answer.
+func (p *powerCuts) do(ctx context.Context, d *Device, log *disktest.CutLog, op *disktest.CutOp) error {
+	switch err := doCut(ctx, d, op); {
+	case err == nil:
 		log.Answer(op)
+	case p.refuses(op.Verb, err):
+		log.Refuse(op)
+	default:
+		return fmt.Errorf("%v: %w", op, err)
 	}
 	return nil
 }

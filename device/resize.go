@@ -87,15 +87,16 @@ func (d *Device) stored(ctx context.Context, off, n uint64) (bytes uint64, err e
 		p.Release()
 		off, n = off+part, n-part
 	}
-	if n == 0 {
-		return bytes, nil
+	for n > 0 && err == nil { // Allocation tells as much as it can at a time
+		err = d.Allocation(ctx, off, n, func(run uint64, hole bool) bool {
+			if !hole {
+				bytes += run
+			}
+			off, n = off+run, n-run
+			return true
+		})
 	}
-	return bytes, d.Allocation(ctx, off, n, func(n uint64, hole bool) bool {
-		if !hole {
-			bytes += n
-		}
-		return true
-	})
+	return bytes, err
 }
 
 // end is the block behind the device's last.

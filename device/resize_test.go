@@ -3,6 +3,7 @@ package device
 import (
 	"bytes"
 	"errors"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -91,5 +92,75 @@ func TestShrinkRefused(t *testing.T) {
 	got := make([]byte, len(data))
 	if _, err := d.ReadAt(got, 40*block.Size); err != nil || !bytes.Equal(got, data) {
 		t.Errorf("the last block: %v, or is wrong", err)
+	}
+}
+
+// TestZeroesBesideGrow: zeroes up to the end of a device, which are whole blocks as
+// nothing lies behind it, do not take what is written there once it has grown.
+func TestZeroesBesideGrow(t *testing.T) {
+	const size = 8*block.Size + 512
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(size, compression.None))
+	d := open(t, f, smallOptions(t))
+	page := bytes.Repeat([]byte{0x5a}, block.Size)
+	if _, err := d.WriteAt(page, block.Size); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	d = open(t, f, smallOptions(t))
+	// It waits for what the block has before it, of which it zeroes a part.
+	reading, proceed := make(chan struct{}), make(chan struct{})
+	var first atomic.Bool
+	f.SetHook(func(o disktest.Op) {
+		if o.Kind == disktest.Read && !first.Swap(true) {
+			close(reading)
+			<-proceed
+		}
+	})
+	done := make(chan error, 1)
+	go func() { done <- d.WriteZeroes(t.Context(), block.Size+100, size-block.Size-100, false) }()
+	<-reading
+	f.SetHook(nil)
+	if _, err := d.Resize(t.Context(), ResizeOptions{Bytes: size + 1024, CapacityBytes: d.Geometry().Capacity}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteAt(page[:512], size); err != nil {
+		t.Fatal(err)
+	}
+	close(proceed)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	want := make([]byte, size+1024)
+	copy(want[block.Size:], page[:100])
+	copy(want[size:], page[:512])
+	compareAll(t, d, want)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestShrinkCountsAll: all that lies beyond the new end is counted, however far it is
+// spread.
+func TestShrinkCountsAll(t *testing.T) {
+	const blocks, step = 300, 64 << 20
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(blocks*step, compression.Zstd))
+	d := open(t, f, smallOptions(t))
+	for i := range int64(blocks) {
+		if _, err := d.WriteAt(bytes.Repeat([]byte{1}, block.Size), i*step); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var tail *TailError
+	_, err := d.Resize(t.Context(), ResizeOptions{Bytes: step, CapacityBytes: d.Geometry().Capacity})
+	if !errors.As(err, &tail) || tail.Bytes != (blocks-1)*block.Size {
+		t.Errorf("%v: want %d bytes", err, (blocks-1)*block.Size)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
 	}
 }

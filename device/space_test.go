@@ -3,6 +3,7 @@ package device
 import (
 	"errors"
 	"math/rand/v2"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -432,4 +433,49 @@ func TestHostFullOverwritten(t *testing.T) {
 		t.Fatal(err)
 	}
 	checkClean(t, f.Clone())
+}
+
+// TestTrimsWaitForCheckpoint: trims that come faster than checkpoints work them off
+// wait, before what is not in the tree yet takes memory without a bound (promise P6).
+func TestTrimsWaitForCheckpoint(t *testing.T) {
+	const trims = 2000
+	o := smallOptions(t)
+	o.CheckpointRecords, o.CleanPeriod = 16, time.Hour
+	f := disktest.New(1, disktest.Options{})
+	g := testGeometry(64<<20, compression.None)
+	g.Capacity = 400 * store.SegmentSizeMin
+	format(t, f, g)
+	d := open(t, f, o)
+	proceed := make(chan struct{})
+	f.SetHook(func(o disktest.Op) {
+		if o.Kind == disktest.Write && o.Off < 1<<20 { // a superblock
+			<-proceed
+		}
+	})
+	var count atomic.Int64
+	done := make(chan error, 1)
+	go func() {
+		for i := range uint64(trims) {
+			if err := d.Trim(t.Context(), 2*i*block.Size, block.Size, true); err != nil {
+				done <- err
+				return
+			}
+			count.Add(1)
+		}
+		done <- nil
+	}()
+	// polling: it is to stand still
+	for last := int64(-1); last != count.Load() || last == 0; time.Sleep(20 * time.Millisecond) {
+		last = count.Load()
+	}
+	if n := count.Load(); n > 8*int64(o.CheckpointRecords) {
+		t.Errorf("%d trims while a checkpoint that is due every %d does not end", n, o.CheckpointRecords)
+	}
+	close(proceed)
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
 }

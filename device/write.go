@@ -22,6 +22,7 @@ type Write struct {
 	n        uint64
 	r        block.Range // blocks touched
 	segments [][]byte
+	end      uint64          // if not 0, the write is of whole blocks only while this is the size of the device
 	frames   []pagecache.Ref // of the blocks of r, as far as Next has handed them out
 	edges    [2]edge         // the first and the last block, where they are written in part
 }
@@ -185,7 +186,7 @@ func (w *Write) giveUp() {
 
 func (w *Write) recycle() {
 	clear(w.segments)
-	w.frames = w.frames[:0]
+	w.frames, w.end = w.frames[:0], 0
 	w.d.writes.Put(w)
 }
 
@@ -238,6 +239,11 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 		owner := d.owners.Add(1)
 		epoch := d.epochs.Enter()
 		epoch.State.Lock(w.r, owner)
+		if w.end != 0 && d.Bytes() != w.end {
+			epoch.State.Unlock(w.r, owner, 0, 0)
+			d.epochs.Leave()
+			return errGrown
+		}
 		stands := true
 		for i, e := range w.edges {
 			stands = stands && (e.frame < 0 || old[i].stands(d, e.block))
@@ -274,6 +280,9 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 		return nil
 	}
 }
+
+// errGrown says that the device has another end by now than the write was made for.
+var errGrown = errors.New("device: grown")
 
 // installAround publishes the edges of w and the hole between them. The caller
 // holds the range lock of w.r, which covers both.
@@ -439,9 +448,12 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 }
 
 // bound commits when the state tree has grown too large. It waits for checkpoints
-// when so little room is left that the log needs it for them: trims do not
-// reserve any.
+// when there is much that they have to work off, and when so little room is left that
+// the log needs it for them: trims do not reserve any.
 func (d *Device) bound(ctx context.Context) error {
+	if err := d.store.WaitOverlay(); err != nil {
+		return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+	}
 	if d.store.Short() {
 		d.room.Lock()
 		defer d.room.Unlock()
@@ -477,6 +489,18 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 	if err := d.bound(ctx); err != nil {
 		return err
 	}
+	for {
+		if err := d.writeZeroes(ctx, off, n); err != errGrown {
+			if err == nil && fua {
+				err = d.Flush(ctx)
+			}
+			return err
+		}
+	}
+}
+
+// writeZeroes is WriteZeroes without fua. The error errGrown asks for another try.
+func (d *Device) writeZeroes(ctx context.Context, off, n uint64) error {
 	inner := block.Within(off, n)
 	if inner.Empty() {
 		// One or two blocks, each in part.
@@ -487,17 +511,18 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 		for _, s := range w.Next(int(n)) {
 			clear(s)
 		}
-		return w.Commit(ctx, fua)
+		return w.Commit(ctx, false)
 	}
 	head := off % block.Size
 	tail := (off + n) % block.Size
+	end := uint64(0)
 	if off+n == d.Bytes() && tail != 0 {
-		// Nothing lies behind the end.
-		inner.End, tail = inner.End+1, 0
+		// Nothing lies behind the end, as long as it is that.
+		inner.End, tail, end = inner.End+1, 0, off+n
 	}
 	w := d.writes.Get().(*Write)
 	w.r, w.frames, w.segments = block.Covering(off, n), w.frames[:0], w.segments[:0]
-	w.edges = [2]edge{{frame: -1}, {frame: -1}}
+	w.edges, w.end = [2]edge{{frame: -1}, {frame: -1}}, end
 	edges := 0
 	var in [2]block.Range
 	if head != 0 {
@@ -538,8 +563,5 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 		return err
 	}
 	w.recycle()
-	if fua {
-		return d.Flush(ctx)
-	}
 	return nil
 }

@@ -648,7 +648,7 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 		s.reserved.Add(int64(n))
 		return nil
 	}
-	if err := s.waitOverlay(); err != nil {
+	if err := s.WaitOverlay(); err != nil {
 		return err
 	}
 	s.mu.RLock()
@@ -678,9 +678,9 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 	return nil
 }
 
-// waitOverlay blocks while the overlays have grown so much that writes must wait
-// for the checkpoint that is running.
-func (s *Store) waitOverlay() error {
+// WaitOverlay blocks while the overlays have grown so much that what is to be appended
+// must wait for the checkpoint that is running. Reserve does so too.
+func (s *Store) WaitOverlay() error {
 	full := func() bool { return uint64(s.entries.Load()) > 4*s.opts.CheckpointRecords }
 	if !full() {
 		return nil
@@ -733,9 +733,13 @@ func (s *Store) mapWorst(n, nodes uint64) uint64 {
 }
 
 // Short tells whether so little room is left that what does not reserve any, such
-// as a trim, should wait for checkpoints.
+// as a trim, should wait for checkpoints. It may ask the host for space.
 func (s *Store) Short() bool {
 	free, warm := s.segments.room()
+	if free >= reserveSegments/2 && warm < reserveSegments/2 {
+		_ = s.segments.ensure(s.file, reserveSegments) // a host that is full leaves it short
+		_, warm = s.segments.room()
+	}
 	return min(free, warm) < reserveSegments/2
 }
 

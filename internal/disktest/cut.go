@@ -79,6 +79,7 @@ type CutOp struct {
 	FUA    bool
 
 	seed             uint64
+	refused          bool
 	sent, answered   int64 // by the log's clock, which counts from 1
 	sentAt, answerAt int64 // by CutOptions.Now
 }
@@ -95,7 +96,10 @@ func (o *CutOp) String() string {
 		s += " fua"
 	}
 	s += fmt.Sprintf(", sent at %d", o.sent)
-	if o.answered != never {
+	switch {
+	case o.refused:
+		s += ", refused"
+	case o.answered != never:
 		s += fmt.Sprintf(", answered at %d", o.answered)
 	}
 	return s + ")"
@@ -133,6 +137,13 @@ func (l *CutLog) Answer(o *CutOp) {
 	defer l.mu.Unlock()
 	l.clock++
 	o.answered, o.answerAt = l.clock, l.opts.Now()
+}
+
+// Refuse notes that o was refused, so that nothing of it can have happened.
+func (l *CutLog) Refuse(o *CutOp) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	o.refused = true
 }
 
 // Restart forgets all requests and begins anew with what the device in r holds,
@@ -284,6 +295,7 @@ func (l *CutLog) CheckAt(r io.ReaderAt, at int64) error {
 //
 //	send 3 1 write [0,2) fua     request 3 of client 1
 //	answer 3
+//	refuse 4
 //	holds 0 3                    block 0 has what request 3 wrote; others have zeros
 //
 // Of a block that is not as a request wrote it, it says why.
@@ -301,6 +313,9 @@ func (l *CutLog) Dump(r io.ReaderAt, at int64) string {
 		}
 		if o.FUA {
 			s += " fua"
+		}
+		if o.refused {
+			s += fmt.Sprintf("\nrefuse %d", o.Number)
 		}
 		events = append(events, event{o.sent, s})
 		if o.answered != never {
@@ -379,6 +394,9 @@ func (l *CutLog) cut(at int64) *cutCheck {
 	for i := range c.sent {
 		o := &c.sent[i]
 		c.index = append(c.index, len(c.ops))
+		if o.refused {
+			continue
+		}
 		step := o.Range.Len()
 		if l.opts.Split {
 			step = 1
@@ -425,7 +443,7 @@ func (c *cutCheck) read(b int, p []byte) error {
 		return fmt.Errorf("block %d is from nowhere: #%d of client %d had not been sent", b, h.number, h.client)
 	}
 	o := &c.sent[n]
-	if o.Verb != VerbWrite || !o.Range.Contains(block.Index(b)) || o.Client != h.client {
+	if o.Verb != VerbWrite || o.refused || !o.Range.Contains(block.Index(b)) || o.Client != h.client {
 		return fmt.Errorf("block %d is from nowhere: it says #%d of client %d, which was %v", b, h.number, h.client, o)
 	}
 	k.holds = c.index[n]

@@ -61,6 +61,8 @@ func parseCut(t *testing.T, text string, o CutOptions) *cutDevice {
 			ops[f[1]] = d.log.Send(client, Verb(verb), r, len(f) > 5)
 		case "answer":
 			d.log.Answer(ops[f[1]])
+		case "refuse":
+			d.log.Refuse(ops[f[1]])
 		case "holds":
 			var b int
 			if _, err := fmt.Sscan(f[1], &b); err != nil || ops[f[2]] == nil && f[2] != "zeros" {
