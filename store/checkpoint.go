@@ -196,6 +196,7 @@ func (s *Store) Checkpoint() error {
 	defer s.progress.Unlock()
 	// One that runs now may be of an earlier commit.
 	for s.progress.running && s.Err() == nil {
+		s.askLocked()
 		s.progress.cond.Wait()
 	}
 	want := s.progress.sequence + 1
@@ -204,18 +205,18 @@ func (s *Store) Checkpoint() error {
 		if err := s.Err(); err != nil {
 			return err
 		}
-		s.beginLocked()
+		s.askLocked()
 		s.progress.cond.Wait()
 	}
 	return s.Err()
 }
 
-// beginLocked asks for the commit with which a checkpoint begins, unless none can:
-// one that runs asks for what it needs itself, and the cleaner tells when its copies
-// are in the map. Commits that lead to nothing would use the log up. REQUIRES:
-// progress held.
-func (s *Store) beginLocked() {
-	if !s.progress.running && !s.cleaner.copying.Load() {
+// askLocked asks for the commit with which a checkpoint begins, or that the one that
+// runs waits for: whoever it has asked may not have been there yet. While the cleaner
+// is copying none can begin, and it tells when it has done: commits that lead to
+// nothing would use the log up. REQUIRES: progress held.
+func (s *Store) askLocked() {
+	if s.progress.running || !s.cleaner.copying.Load() {
 		s.opts.NeedCommit()
 	}
 }

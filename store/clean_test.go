@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -356,5 +357,23 @@ func TestCheckpointCommits(t *testing.T) {
 	must(t, err)
 	<-c.cleaner.turn
 	within(t, "checkpoint", func() error { return <-done })
+	must(t, c.Close())
+}
+
+// TestCheckpointAsksAgain: who waits for a checkpoint asks for the commit that the one
+// that runs is waiting for, should nobody have been there when that asked.
+func TestCheckpointAsksAgain(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(1024, 60)))
+	c := openCommitted(t, d, Options{})
+	asked := make(chan struct{})
+	answer := c.opts.NeedCommit
+	c.setNeedCommit(sync.OnceFunc(func() { close(asked) }))
+	must(t, c.blob(0, 32, ^uint32(0)))
+	c.snapshot.Store(true)
+	must(t, c.commit())
+	<-asked
+	c.setNeedCommit(answer)
+	within(t, "checkpoint", c.Checkpoint)
 	must(t, c.Close())
 }

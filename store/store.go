@@ -693,7 +693,7 @@ func (s *Store) WaitOverlay() error {
 			// many extents.
 			s.snapshot.Store(true)
 		}
-		s.beginLocked()
+		s.askLocked()
 		s.progress.cond.Wait()
 	}
 	return s.Err()
