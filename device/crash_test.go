@@ -79,10 +79,14 @@ func newPowerCuts(t *testing.T, seed uint64, blocks, bit int64) *powerCuts {
 	g := testGeometry(uint64(p.size), codec)
 	g.ExtentBlocks = 4 << rng.IntN(4)
 	g.Capacity = 24 * store.SegmentSizeMin
-	if p.thin {
+	o := disktest.Options{SectorSize: []int{512, 4096}[rng.IntN(2)]}
+	switch {
+	case thin && rng.IntN(2) == 0: // it is the host that has less
+		o.Capacity = 1<<20 + 13*store.SegmentSizeMin
+	case thin:
 		g.Capacity = store.MinCapacity(store.SegmentSizeMin)
 	}
-	f := disktest.New(seed, disktest.Options{SectorSize: []int{512, 4096}[rng.IntN(2)]})
+	f := disktest.New(seed, o)
 	format(t, f, g)
 	if rng.IntN(4) == 0 && !thin {
 		f = p.age(t, f)
@@ -125,6 +129,7 @@ func (p *powerCuts) begin(f *disktest.Disk) {
 	f.SetHook(func(op disktest.Op) {
 		if op.Kind == disktest.Sync {
 			k := kill{f.Clone(), f.Ops()}
+			k.disk.SetCapacity(0)
 			p.mu.Lock()
 			p.kills = append(p.kills, k)
 			p.mu.Unlock()
@@ -223,6 +228,7 @@ func (p *powerCuts) sweep(judge func(all []byte, at int64) error) error {
 		for _, loss := range []disktest.Loss{disktest.LoseAll, disktest.KeepAll, disktest.Random(p.rng.Uint64())} {
 			p.cuts++
 			left := p.disk.At(at, loss)
+			left.SetCapacity(0) // a full host is one that nothing opens on to write
 			if loss == disktest.LoseAll && before != nil && left.Same(before) {
 				if err := judge(held, at); err != nil {
 					return fmt.Errorf("power cut at operation %d, %v: %w", at, loss, err)
@@ -298,6 +304,7 @@ func (p *powerCuts) cutAgain(left *disktest.Disk, ops int64, all, got []byte) er
 func (p *powerCuts) next() (all []byte, at int64, err error) {
 	at = p.from + p.rng.Int64N(p.disk.Ops()-p.from+1)
 	left := p.disk.At(at, disktest.Random(p.rng.Uint64()))
+	left.SetCapacity(0)
 	all = make([]byte, p.size)
 	err = p.read(left.Clone(), all)
 	p.begin(left)

@@ -67,8 +67,6 @@ func (d *Device) Allocation(ctx context.Context, off, n uint64, visit func(n uin
 	r := block.Covering(off, n)
 	w.off, w.end, w.visit = off, off+n, visit
 	w.run, w.hole, w.stopped = block.Span(r.Start, 0), false, false
-	view := d.store.View()
-	defer d.store.Unview(view)
 	for w.windows = walkWindows; !r.Empty() && !w.stopped && w.windows > 0; {
 		// The cache first, then the map: see pagecache.Unstored.
 		part := r
@@ -92,22 +90,31 @@ func (w *walk) part(ctx context.Context, d *Device, r block.Range) error {
 			return context.Cause(ctx)
 		}
 		w.windows--
-		next, err := d.store.NextMapped(r)
-		if err == nil {
-			w.mapped(block.Range{Start: r.Start, End: next}, true)
-			r.Start = next
-			win := block.Range{Start: r.Start, End: min(r.End, r.Start+walkBlocks)}
-			w.ext, err = d.store.Lookup(win, w.ext[:0])
-			r.Start = win.End
-		}
+		next, end, err := w.window(d, r)
 		if err != nil {
 			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 		}
+		w.mapped(block.Range{Start: r.Start, End: next}, true)
+		r.Start = end
 		for _, e := range w.ext {
 			w.mapped(e.Range(), e.Kind == extents.Hole)
 		}
 	}
 	return nil
+}
+
+// window looks up what the map has of the beginning of r into w.ext: a hole up to
+// next, and the extents from there to end. Each has a View of its own, for writes that
+// are short of space wait for the oldest.
+func (w *walk) window(d *Device, r block.Range) (next, end block.Index, err error) {
+	view := d.store.View()
+	defer d.store.Unview(view)
+	if next, err = d.store.NextMapped(r); err != nil {
+		return 0, 0, err
+	}
+	end = min(r.End, next+walkBlocks)
+	w.ext, err = d.store.Lookup(block.Range{Start: next, End: end}, w.ext[:0])
+	return next, end, err
 }
 
 // mapped adds r, which the map has as data or a hole, with what the cache knows

@@ -2,11 +2,13 @@ package device
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"cnbd/internal/block"
 	"cnbd/internal/compression"
@@ -287,6 +289,45 @@ func TestZeroSegments(t *testing.T) {
 		t.Errorf("%v", zero)
 	}
 	p.Release()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestAllocationHoldsNothing: who is slow to take what Allocation tells keeps no
+// segment from being free, for writes that are short of space wait for that.
+func TestAllocationHoldsNothing(t *testing.T) {
+	d, _, truth := fullDevice(t, disktest.Seed(t), 8<<20)
+	if err := d.Trim(t.Context(), 4<<20, 64<<10, true); err != nil {
+		t.Fatal(err)
+	}
+	told := 0
+	err := d.Allocation(t.Context(), 0, d.Bytes(), func(uint64, bool) bool {
+		if told++; told > 1 {
+			return true
+		}
+		// Twice over, which needs what is overwritten.
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		for at := 0; at < 2*len(truth); at += 64 << 10 {
+			w, err := d.PrepareWrite(ctx, uint64(at%len(truth)), 64<<10)
+			if err != nil {
+				t.Errorf("write %d: %v", at, err)
+				return false
+			}
+			for i, s := range w.Next(64 << 10) {
+				fill(s, uint64(at+i))
+			}
+			if err := w.Commit(ctx, false); err != nil {
+				t.Errorf("write %d: %v", at, err)
+				return false
+			}
+		}
+		return true
+	})
+	if err != nil || told < 3 {
+		t.Errorf("%d runs, %v", told, err)
+	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}
