@@ -25,7 +25,24 @@ const defaultPort = "10809"
 // ParseAddress reads unix:PATH, unix:@NAME (an abstract socket) or tcp:[HOST][:PORT]. HOST is 127.0.0.1 and PORT
 // 10809 if left out; an IPv6 host stands in brackets, and port 0 is one that
 // the system chooses.
-func ParseAddress(s string) (Address, error) {
+func ParseAddress(s string) (Address, error) { return parseAddress(s, defaultPort) }
+
+// ParseMetricsAddress reads unix:PATH or tcp:[HOST]:PORT. HOST is 127.0.0.1 if left
+// out; the port has no default, and 0 is one that the system chooses. Abstract
+// sockets are refused: everybody on the host could use them.
+func ParseMetricsAddress(s string) (Address, error) {
+	a, err := parseAddress(s, "")
+	switch {
+	case err == nil && strings.HasPrefix(a.Address, "@"):
+		err = fmt.Errorf("%q would be open to every user of the host: give unix:PATH", s)
+	case err == nil && a.Network == "tcp" && strings.HasSuffix(a.Address, ":"):
+		err = fmt.Errorf("%q has no port", s)
+	}
+	return a, err
+}
+
+// parseAddress reads an address whose port, if left out, is the given one.
+func parseAddress(s, otherwise string) (Address, error) {
 	network, address, _ := strings.Cut(s, ":")
 	switch network {
 	case "unix":
@@ -40,11 +57,11 @@ func ParseAddress(s string) (Address, error) {
 		return Address{network, address}, nil
 	case "tcp":
 		if i := strings.LastIndexByte(address, ':'); i < 0 || address[len(address)-1] == ']' {
-			address += ":" + defaultPort
+			address += ":" + otherwise
 		}
 		host, port, err := net.SplitHostPort(address)
-		host, port = cmp.Or(host, "127.0.0.1"), cmp.Or(port, defaultPort)
-		if err == nil {
+		host, port = cmp.Or(host, "127.0.0.1"), cmp.Or(port, otherwise)
+		if err == nil && port != "" {
 			_, err = strconv.ParseUint(port, 10, 16)
 		}
 		if err == nil {

@@ -167,6 +167,16 @@ type Config struct {
 	// LogFormat is [LogAuto] (console on a terminal, json elsewhere), [LogJSON]
 	// or [LogConsole]. Default auto.
 	LogFormat string `key:"log-format" type:"auto|json|console" help:"auto (console on a terminal, else json), json or console"`
+
+	// Metrics is the address of an HTTP server with the metrics in Prometheus' format,
+	// health and readiness: unix:PATH, with the permissions of the other sockets, or
+	// tcp:HOST:PORT, with 127.0.0.1 if HOST is left out. There is no password, so an
+	// address that other hosts reach has to be written out. Default empty: none.
+	Metrics string `key:"metrics" type:"address" help:"serve metrics and health over HTTP at unix:PATH or tcp:HOST:PORT (default: nowhere)"`
+
+	// Pprof serves profiles of the program there too, below /debug/pprof. Metrics must
+	// then be an address that only this host reaches. Default false.
+	Pprof bool `key:"pprof" help:"serve profiles of the program beside the metrics"`
 }
 
 // An Export is one device. In the file it is an entry of the list "exports",

@@ -189,6 +189,8 @@ func TestSources(t *testing.T) {
 		"oom-score-adjust":    {"-1000", "-500", "0"},
 		"log-level":           {"warn", "error", "debug"},
 		"log-format":          {"json", "console", "auto"},
+		"metrics":             {"tcp:127.0.0.1:1", "unix:/m", "tcp::2"},
+		"pprof":               {"true", "false", "true"},
 	}
 	var file strings.Builder
 	var args []string
@@ -402,6 +404,16 @@ func TestRefused(t *testing.T) {
 		"export's connections":  {"", []string{"--export-connections-max=-1", "b"}, map[string]string{"exports[0].connections-max": "--export-connections-max: -1 is out of range: give 0 to 65536"}},
 		"stall":                 {"", []string{"--stall-timeout=10ms", "b"}, map[string]string{"stall-timeout": "--stall-timeout: 10ms is out of range: give 1s to 24h0m0s"}},
 		"idle":                  {"", []string{"--idle-timeout=-1s", "b"}, map[string]string{"idle-timeout": "--idle-timeout: -1s is out of range: give 0s to 8760h0m0s"}},
+
+		"metrics":               {"", []string{"--metrics=localhost:9000", "b"}, map[string]string{"metrics": "--metrics: \"localhost:9000\" is not an address"}},
+		"metrics, no port":      {"", []string{"--metrics=tcp:localhost", "b"}, map[string]string{"metrics": "has no port"}},
+		"metrics, bad port":     {"", []string{"--metrics=tcp:localhost:http", "b"}, map[string]string{"metrics": "is not an address"}},
+		"metrics, abstract":     {"", []string{"--metrics=unix:@m", "b"}, map[string]string{"metrics": "open to every user"}},
+		"metrics, number":       {"metrics: 9000\nexports: [{path: a}]", nil, map[string]string{"metrics": "9000 is not text"}},
+		"metrics, taken":        {"", []string{"--metrics=unix:/a", "--listen=unix:/a", "b"}, map[string]string{"metrics": "unix:/a is an address of listen too"}},
+		"pprof without metrics": {"", []string{"--pprof", "b"}, map[string]string{"pprof": "metrics has no address"}},
+		"pprof for other hosts": {"", []string{"--pprof", "--metrics=tcp:0.0.0.0:9", "b"}, map[string]string{"pprof": "profiles are for this host"}},
+		"pprof is no truth":     {"pprof: maybe\nexports: [{path: a}]", nil, map[string]string{"pprof": "maybe is neither true nor false"}},
 
 		"owner":            {"", []string{"--socket-owner=a:b", "--socket-group=a b", "b"}, map[string]string{"socket-owner": `--socket-owner: "a:b" is not a name`, "socket-group": `"a b" is not a name`}},
 		"exit with parent": {"exit-with-parent: never\nexports: [{path: a}]", nil, map[string]string{"exit-with-parent": "never is neither true nor false"}},

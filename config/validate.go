@@ -47,6 +47,7 @@ func (c *Config) Validate() error {
 func (c *Config) validate(fs *faults) {
 	c.validateExports(fs)
 	c.validateListen(fs)
+	c.validateMetrics(fs)
 
 	fs.add("cache", within(c.Cache, 16*MiB, sizeMax))
 	if c.DirtyMax != 0 && !fs.has("cache") {
@@ -173,6 +174,24 @@ func (c *Config) validateListen(fs *faults) {
 			fs.add("listen", fmt.Errorf("%s can be reached by other hosts: set tls to require, "+
 				"or allow-plaintext if the network is trusted", s))
 		}
+	}
+}
+
+func (c *Config) validateMetrics(fs *faults) {
+	if c.Metrics == "" {
+		if c.Pprof {
+			fs.add("pprof", errors.New("profiles are served beside the metrics, and metrics has no address"))
+		}
+		return
+	}
+	a, err := ParseMetricsAddress(c.Metrics)
+	switch {
+	case err != nil:
+		fs.add("metrics", err)
+	case slices.Contains(c.Listen, c.Metrics) && !strings.HasSuffix(c.Metrics, ":0"):
+		fs.add("metrics", fmt.Errorf("%s is an address of listen too", c.Metrics))
+	case c.Pprof && !a.Local():
+		fs.add("pprof", fmt.Errorf("profiles are for this host, and %s can be reached by others", c.Metrics))
 	}
 }
 

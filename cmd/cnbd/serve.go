@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -27,6 +28,7 @@ import (
 	"cnbd/internal/compression"
 	"cnbd/internal/control"
 	"cnbd/internal/disk"
+	"cnbd/internal/monitor"
 	"cnbd/nbd"
 	"cnbd/store"
 )
@@ -102,6 +104,7 @@ type serving struct {
 	stores    []*served
 	listeners []net.Listener
 	server    *nbd.Server
+	monitor   *monitor.Server // nil: not asked for
 }
 
 // served is one export.
@@ -113,6 +116,9 @@ type served struct {
 	socket  net.Listener // of control
 	control *control.Server
 	device  *device.Device // nil: not open
+
+	// condition is how the export is, for those who watch; nil: not open yet.
+	condition atomic.Pointer[condition]
 
 	// Of the start.
 	failed error // of an export that is not lazy
@@ -160,6 +166,7 @@ func (s *serving) run(stdout io.Writer, stop, hup <-chan os.Signal) error {
 			if v.failed = f(v); v.failed == nil {
 				continue
 			}
+			v.condition.Store(&condition{err: v.failed})
 			failed = append(failed, v.failed)
 			if exitStatus(v.failed) == exitUsage || len(failed) == len(s.stores) {
 				return errors.Join(failed...)
@@ -247,6 +254,7 @@ func (s *serving) backend(ctx context.Context, v *served) (nbd.Backend, error) {
 		err = s.open(v)
 	}
 	if err != nil {
+		v.condition.Store(&condition{err: err})
 		s.log.Error().Err(err).Str("export", v.export.Name).Msg("not available")
 		return nil, err
 	}
@@ -325,19 +333,25 @@ func (s *serving) listen() error {
 		}
 	}
 	for _, a := range addresses {
-		l, err := nbd.ListenConfig{Mode: c.SocketMode, Owner: c.SocketOwner, Group: c.SocketGroup}.Listen(a)
-		if unknown, ok := errors.AsType[user.UnknownUserError](err); ok {
-			return &config.Fault{Key: "socket-owner", Err: unknown}
-		}
-		if unknown, ok := errors.AsType[user.UnknownGroupError](err); ok {
-			return &config.Fault{Key: "socket-group", Err: unknown}
-		}
+		l, err := listenAt(c, a)
 		if err != nil {
 			return err
 		}
 		s.listeners = append(s.listeners, l)
 	}
-	return nil
+	return s.watch()
+}
+
+// listenAt listens at an address as c wants its sockets.
+func listenAt(c *config.Config, address string) (net.Listener, error) {
+	l, err := nbd.ListenConfig{Mode: c.SocketMode, Owner: c.SocketOwner, Group: c.SocketGroup}.Listen(address)
+	if unknown, ok := errors.AsType[user.UnknownUserError](err); ok {
+		return nil, &config.Fault{Key: "socket-owner", Err: unknown}
+	}
+	if unknown, ok := errors.AsType[user.UnknownGroupError](err); ok {
+		return nil, &config.Fault{Key: "socket-group", Err: unknown}
+	}
+	return l, err
 }
 
 // open makes the store of v, which is acquired, if it is missing, recovers it, and
@@ -413,8 +427,10 @@ func (s *serving) open(v *served) (err error) {
 	r := v.device.Recovery()
 	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
 		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
+	v.condition.Store(&condition{device: v.device, sampler: monitor.NewSampler(v.device.Status)})
 	if v.socket != nil {
 		v.control = control.Serve(v.socket, control.Handlers{
+			Live: func(ctx context.Context) (any, error) { return s.live(ctx, v), nil },
 			Status: func(ctx context.Context) (any, error) {
 				st, err := v.device.Status(ctx)
 				m := s.server.Metrics()
@@ -496,6 +512,11 @@ func (s *serving) end() error {
 	for _, l := range s.listeners {
 		_ = l.Close() // removes its socket; closed already if it served
 	}
+	if s.monitor != nil {
+		if err := s.monitor.Close(); err != nil {
+			s.log.Debug().Err(err).Msg("metrics")
+		}
+	}
 	for _, v := range s.stores {
 		if v.control != nil {
 			if err := v.control.Close(); err != nil {
@@ -506,6 +527,7 @@ func (s *serving) end() error {
 		if v.device == nil {
 			continue
 		}
+		v.condition.Load().sampler.Close()
 		if err := v.device.Close(); err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", v.export.Path, err))
 		} else {

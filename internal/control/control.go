@@ -3,6 +3,7 @@
 // its like ask here. The language is HTTP with JSON on a unix socket:
 //
 //	GET  /v1/status    200 and what the server's status function gives
+//	GET  /v1/live      the same of its live function, which is quicker
 //	POST /v1/resize?size=BYTES&capacity=BYTES
 //	                   200 and what has become of it
 //	POST /v1/compact   200 and lines {"dead": bytes, "live": bytes}, and at the end
@@ -58,6 +59,7 @@ const (
 	progressEvery = 500 * time.Millisecond
 
 	statusPath  = "/v1/status"
+	livePath    = "/v1/live"
 	resizePath  = "/v1/resize"
 	compactPath = "/v1/compact"
 	scrubPath   = "/v1/scrub"
@@ -77,6 +79,8 @@ var ErrRefused = errors.New("refused")
 // Close has returned. What they return is sent as JSON.
 type Handlers struct {
 	Status func(context.Context) (any, error)
+	// Live is what may be asked for every second.
+	Live func(context.Context) (any, error)
 	// Resize changes the size of the device. An error that wraps ErrRefused
 	// arrives as one.
 	Resize func(context.Context, ResizeRequest) (any, error)
@@ -111,19 +115,20 @@ type Server struct {
 	served   chan struct{} // closed when the accept loop has ended
 
 	// Of capacity 1: held while the function of that name runs.
-	status, resize, compact, scrub, regions, snapshot chan struct{}
+	status, live, resize, compact, scrub, regions, snapshot chan struct{}
 }
 
 // Serve starts to answer on l, which it owns from now on.
 func Serve(l net.Listener, h Handlers) *Server {
 	turn := func() chan struct{} { return make(chan struct{}, 1) }
-	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), resize: turn(), compact: turn(), scrub: turn(), regions: turn(), snapshot: turn()}
+	s := &Server{handlers: h, served: make(chan struct{}), status: turn(), live: turn(), resize: turn(), compact: turn(), scrub: turn(), regions: turn(), snapshot: turn()}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	mux := http.NewServeMux()
 	limited := func(f http.HandlerFunc) http.Handler {
 		return http.TimeoutHandler(f, answerTimeout, `{"error": "the server did not answer in time"}`)
 	}
 	mux.Handle("GET "+statusPath, limited(s.answerStatus))
+	mux.Handle("GET "+livePath, limited(s.answerLive))
 	mux.Handle("POST "+resizePath, limited(s.answerResize))
 	mux.HandleFunc("POST "+compactPath, s.answerCompact)
 	mux.Handle(scrubPath, limited(s.answerScrub))
@@ -149,6 +154,10 @@ func Serve(l net.Listener, h Handlers) *Server {
 
 func (s *Server) answerStatus(w http.ResponseWriter, r *http.Request) {
 	answer(w, r, s.status, s.handlers.Status)
+}
+
+func (s *Server) answerLive(w http.ResponseWriter, r *http.Request) {
+	answer(w, r, s.live, s.handlers.Live)
 }
 
 func (s *Server) answerResize(w http.ResponseWriter, r *http.Request) {
@@ -338,7 +347,7 @@ func (s *Server) Close() error {
 		err = s.http.Close()
 	}
 	<-s.served
-	for _, turn := range []chan struct{}{s.status, s.resize, s.compact, s.scrub, s.regions, s.snapshot} {
+	for _, turn := range []chan struct{}{s.status, s.live, s.resize, s.compact, s.scrub, s.regions, s.snapshot} {
 		turn <- struct{}{} // never given back: its holder was the last
 	}
 	return err
@@ -350,6 +359,11 @@ func (s *Server) Close() error {
 // wraps syscall.ECONNREFUSED or fs.ErrNotExist.
 func Status(ctx context.Context, socket string, v any) error {
 	return ask(ctx, socket, http.MethodGet, statusPath, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
+}
+
+// Live asks it for what its live function gives; else it is as Status.
+func Live(ctx context.Context, socket string, v any) error {
+	return ask(ctx, socket, http.MethodGet, livePath, answerTimeout, func(body *json.Decoder) error { return body.Decode(v) })
 }
 
 // Resize asks the server at the unix socket for another size, and decodes what has

@@ -45,6 +45,7 @@ var allowed = map[string][]string{
 	"internal/picture":  nil,                                                 // for cmd/cnbd alone
 	"internal/transfer": {"nbd"},                                             // for cmd/cnbd alone
 	"internal/estimate": {"internal/block", "internal/compression", "store"}, // for cmd/cnbd alone
+	"internal/monitor":  {"device", "internal/block", "nbd", "store"},        // for cmd/cnbd alone
 
 	"internal/buffer":      base,
 	"internal/compression": base,
