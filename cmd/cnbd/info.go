@@ -13,6 +13,7 @@ import (
 
 	"cnbd/config"
 	"cnbd/device"
+	"cnbd/internal/block"
 	"cnbd/internal/control"
 	"cnbd/internal/disk"
 	"cnbd/nbd"
@@ -57,8 +58,10 @@ type storeStatus struct {
 	device.Status
 	// Served tells that a server has the store and was asked.
 	Served bool `json:"served"`
-	// Server is what that server does, for all of its exports.
+	// Server is what that server does, for all of its exports, of which the store's is
+	// Export.
 	Server *nbd.Metrics `json:"server,omitempty"`
+	Export string       `json:"export,omitempty"`
 }
 
 // status reads the store at path, or asks its server. warn is told what an
@@ -122,7 +125,7 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 		row("clients", "%d of at most %d, for all exports of the server; %d refusals since it started", m.Connections, m.ConnectionsMax, m.Refusals())
 	}
 	if st.Served {
-		row("not yet stored", "%s", size(st.DirtyBytes))
+		printServed(row, st)
 	}
 	if c := st.Scrub; c != nil {
 		state := "since " + c.Began.Format(time.DateTime)
@@ -143,6 +146,39 @@ func printInfo(w io.Writer, path string, st *storeStatus) error {
 		row("health", "good")
 	}
 	return t.Flush()
+}
+
+// printServed adds what a served store has done since its server has opened it.
+func printServed(row func(name, format string, args ...any), st *storeStatus) {
+	s, c := &st.Store, &st.Cache
+	if m := st.Server; m != nil {
+		e := exportOf(m, st.Export)
+		errors := uint64(0)
+		for _, n := range e.Errors {
+			errors += n
+		}
+		row("requests", "%d reads of %s, %d writes of %s, %d flushes, %d trims; %d errors",
+			e.Read.Requests, short(e.Read.Bytes), e.Write.Requests, short(e.Write.Bytes), e.Flush.Requests, e.Trim.Requests, errors)
+		var times []string
+		for _, command := range topCommands {
+			if l := &command.of(&e.Requests).Latency; l.Sum > 0 {
+				times = append(times, fmt.Sprintf("%s %s (99 %%: %s)", command.name, latency(quantile(l, 0.5)), latency(quantile(l, 0.99))))
+			}
+		}
+		if len(times) > 0 {
+			row("latency", "%s", strings.Join(times, ", "))
+		}
+		amplification := ""
+		if e.Write.Bytes > 0 {
+			amplification = fmt.Sprintf(", %.2f for each byte that clients wrote", float64(s.LogWritten)/float64(e.Write.Bytes))
+		}
+		row("backing", "%s written%s; %s read; %d commits, %d syncs", short(s.LogWritten), amplification, short(s.ReadBytes), s.Commits, s.Syncs)
+	}
+	row("cache", "%s of %s%s", short(uint64(max(0, c.Cached))*block.Size), short(c.CacheMax.Bytes()), hits(c.Hits+c.HoleHits+c.FillWaits, c.Misses))
+	if w := &st.Writeback; w.Encoded+w.Raw+w.Zero > 0 {
+		row("encoded", "%d pieces compressed, %d raw, %d of zeros left out", w.Encoded, w.Raw, w.Zero)
+	}
+	row("not yet stored", "%s", human(st.DirtyBytes))
 }
 
 // human is n bytes for people, and the exact number where that is not all of it.

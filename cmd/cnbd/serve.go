@@ -434,7 +434,7 @@ func (s *serving) open(v *served) (err error) {
 			Status: func(ctx context.Context) (any, error) {
 				st, err := v.device.Status(ctx)
 				m := s.server.Metrics()
-				return &storeStatus{Status: st, Served: true, Server: &m}, err
+				return &storeStatus{Status: st, Served: true, Server: &m, Export: e.Name}, err
 			},
 			Resize: func(ctx context.Context, wish control.ResizeRequest) (any, error) {
 				r, err := growDevice(ctx, c, v.device, e.Path, wish)
