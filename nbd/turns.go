@@ -10,8 +10,7 @@ import (
 
 // roundRequests is about how many requests all busy readers together read in a round.
 // The more, the longer waits a client that sends one at a time. But a round's end costs
-// as much as one or two small requests, and short turns make small batches of replies:
-// at 256 a lone client, or many with 16 in flight each, lose nothing that is measured.
+// as much as one or two small requests, and short turns make small batches of replies.
 const roundRequests = 256
 
 // turns lets connections whose next request is always there already take turns with
