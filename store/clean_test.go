@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -89,9 +90,9 @@ func overtakenAt(seed uint64, at int) (reached bool, err error) {
 	if err = errors.Join(err, commit(), checkpoint()); err != nil {
 		return false, err
 	}
-	ops := 0
+	var ops atomic.Int64 // of the cleaner, and of the log's writer beside it
 	d.SetHook(func(disktest.Op) {
-		if ops++; ops == at {
+		if ops.Add(1) == int64(at) {
 			reached = true
 			for start := 0; start < 512; start += 16 {
 				err = errors.Join(err, write(start+3, 1), write(start+8, 2))
