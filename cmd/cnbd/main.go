@@ -51,7 +51,7 @@ func newRoot(stdout, stderr io.Writer) *cobra.Command {
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			return usage(errors.New("a command is needed: create, serve, info, top, check, compact, resize, estimate, import, export, map or version; cnbd --help tells more"))
+			return usage(errors.New("a command is needed: create, serve, info, top, check, compact, resize, estimate, import, export, attach, detach, map or version; cnbd --help tells more"))
 		},
 	}
 	root.SetOut(stdout)
@@ -60,7 +60,7 @@ func newRoot(stdout, stderr io.Writer) *cobra.Command {
 		return usage(fmt.Errorf("%w; %s --help lists the flags", err, cmd.CommandPath()))
 	})
 	root.CompletionOptions.HiddenDefaultCmd = true
-	root.AddCommand(newCreate(), newServe(), newInfo(), newTop(), newCheck(), newCompact(), newResize(), newEstimate(), newImport(), newExport(), newMap(), newVersion())
+	root.AddCommand(newCreate(), newServe(), newInfo(), newTop(), newCheck(), newCompact(), newResize(), newEstimate(), newImport(), newExport(), newAttach(), newDetach(), newMap(), newVersion())
 	for _, make := range hidden {
 		root.AddCommand(make())
 	}

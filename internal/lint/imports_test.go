@@ -51,6 +51,7 @@ var allowed = map[string][]string{
 	"internal/compression": base,
 	"internal/disk":        base,
 	"internal/control":     nil, // for cmd/cnbd alone: leaves does not have it
+	"internal/nbdkernel":   nil, // likewise
 	"internal/block":       nil,
 	"internal/invariants":  nil,
 	"internal/mutant":      nil,
@@ -60,6 +61,7 @@ var allowed = map[string][]string{
 	"internal/certtest":   nil,
 	"internal/disktest":   leaves,
 	"internal/lint":       nil,
+	"test/vm":             nil,
 	"scripts/testsummary": nil,
 }
 

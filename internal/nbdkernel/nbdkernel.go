@@ -1,0 +1,220 @@
+// Package nbdkernel attaches NBD exports to the block devices of the kernel's nbd
+// driver, by its generic netlink interface, and detaches them.
+//
+// The kernel takes sockets that are past the negotiation and sends the requests
+// itself, so no process has to stay. What it tells of a device beside netlink is in
+// sysfs: /sys/block/nbdN/pid is there while the device is attached, and queue/ has
+// its limits. The numbers of commands and attributes are those of
+// include/uapi/linux/nbd-netlink.h.
+package nbdkernel
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/mdlayher/genetlink"
+	"github.com/mdlayher/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// Of the generic netlink family "nbd".
+const (
+	family  = "nbd"
+	version = 1
+
+	cmdConnect    = 1
+	cmdDisconnect = 2
+
+	attrIndex           = 1
+	attrSize            = 2 // bytes
+	attrBlockSize       = 3 // bytes
+	attrTimeout         = 4 // seconds
+	attrServerFlags     = 5
+	attrSockets         = 7
+	attrDeadConnTimeout = 8  // seconds
+	attrBackend         = 10 // Linux 5.14; older ones ignore it
+
+	sockItem = 1 // in attrSockets
+	sockFD   = 1 // in sockItem
+)
+
+var (
+	// ErrNoModule is that the kernel has no nbd driver at the moment.
+	ErrNoModule = errors.New("the kernel's nbd driver is not loaded: modprobe nbd")
+	// ErrBusy is that the device is attached already, or still open since it was.
+	ErrBusy = errors.New("device is attached already, or is still in use from before")
+	// ErrPermission is that the process may not do this: it takes CAP_SYS_ADMIN.
+	ErrPermission = errors.New("not permitted, it takes root (CAP_SYS_ADMIN)")
+	// ErrNotAttached is that nothing is attached to the device.
+	ErrNotAttached = errors.New("nothing is attached")
+)
+
+// A Device is a device of the driver, by its number.
+type Device uint32
+
+// ParseDevice takes the path of a device, /dev/nbdN, which need not exist, or
+// a link to one.
+func ParseDevice(path string) (Device, error) {
+	real, err := filepath.EvalSymlinks(path)
+	if err != nil {
+		real = filepath.Clean(path)
+	}
+	digits, ok := strings.CutPrefix(real, "/dev/nbd")
+	n, err := strconv.ParseUint(digits, 10, 20) // what a minor number has
+	if !ok || err != nil || strconv.FormatUint(n, 10) != digits {
+		return 0, fmt.Errorf("%s is no device of the kernel's nbd driver, /dev/nbd0 is one", path)
+	}
+	return Device(n), nil
+}
+
+func (d Device) String() string { return fmt.Sprintf("/dev/nbd%d", uint32(d)) }
+
+// sysfs is the path of name in the device's directory.
+func (d Device) sysfs(name string) string {
+	return filepath.Join(fmt.Sprintf("/sys/block/nbd%d", uint32(d)), name)
+}
+
+// Attached tells whether something is attached.
+func (d Device) Attached() bool {
+	_, err := os.Stat(d.sysfs("pid"))
+	return err == nil
+}
+
+// Backend is what the device was attached to, as [Config.Backend] had it; empty
+// if it is not known.
+func (d Device) Backend() string {
+	b, _ := os.ReadFile(d.sysfs("backend"))
+	return strings.TrimSpace(string(b))
+}
+
+// A Config is what Connect tells the kernel.
+type Config struct {
+	Sockets   []*os.File // past the negotiation; borrowed, the kernel keeps its own references
+	Size      uint64     // of the device in bytes, a multiple of BlockSize
+	BlockSize uint32     // in bytes, a power of two from 512 to 4096: what requests are multiples of
+	Flags     uint16     // transmission flags of the export
+	Backend   string     // told by [Device.Backend]
+
+	// Timeout, in whole seconds, is how long a request may take before its
+	// connection is given up. Zero: for ever.
+	Timeout time.Duration
+	// DeadConnTimeout, in whole seconds, is how long requests wait for another
+	// connection when all are dead, before they fail. Zero: not at all.
+	DeadConnTimeout time.Duration
+}
+
+// Connect attaches d. The device is there when it returns; [Device.WaitReady]
+// waits until it is of use.
+func Connect(d Device, c Config) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d))
+	e.Uint64(attrSize, c.Size)
+	e.Uint64(attrBlockSize, uint64(c.BlockSize))
+	e.Uint64(attrTimeout, uint64(c.Timeout/time.Second))
+	e.Uint64(attrDeadConnTimeout, uint64(c.DeadConnTimeout/time.Second))
+	e.Uint64(attrServerFlags, uint64(c.Flags))
+	e.Nested(attrSockets, func(e *netlink.AttributeEncoder) error {
+		for _, f := range c.Sockets {
+			e.Nested(sockItem, func(e *netlink.AttributeEncoder) error {
+				e.Uint32(sockFD, uint32(f.Fd()))
+				return nil
+			})
+		}
+		return nil
+	})
+	e.String(attrBackend, c.Backend)
+	if err := execute(cmdConnect, e); err != nil {
+		return fmt.Errorf("attach %v: %w", d, err)
+	}
+	return nil
+}
+
+// disconnect tells the server good-bye and fails what is waiting.
+func disconnect(d Device) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d))
+	return execute(cmdDisconnect, e)
+}
+
+// execute has the driver do one command.
+func execute(cmd uint8, e *netlink.AttributeEncoder) error {
+	data, err := e.Encode()
+	if err != nil {
+		return err
+	}
+	conn, err := genetlink.Dial(nil)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	f, err := conn.GetFamily(family)
+	if errors.Is(err, fs.ErrNotExist) {
+		return ErrNoModule
+	}
+	if err != nil {
+		return err
+	}
+	_, err = conn.Execute(genetlink.Message{Header: genetlink.Header{Command: cmd, Version: version}, Data: data},
+		f.ID, netlink.Request|netlink.Acknowledge)
+	switch {
+	case errors.Is(err, unix.EPERM):
+		return ErrPermission
+	case errors.Is(err, unix.EBUSY):
+		return ErrBusy
+	}
+	return err
+}
+
+// WaitReady waits until the attached device shows its size and the first block
+// can be read.
+func (d Device) WaitReady(ctx context.Context, size uint64) error {
+	for {
+		err := d.ready(size)
+		if err == nil {
+			return nil
+		}
+		select { // nothing tells of it but udev, which need not be there
+		case <-ctx.Done():
+			return fmt.Errorf("%v does not get ready: %w", d, err)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+func (d Device) ready(size uint64) error {
+	b, err := os.ReadFile(d.sysfs("size"))
+	if err != nil {
+		return err
+	}
+	if n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err != nil || n != size/512 {
+		return fmt.Errorf("it has %s sectors of 512 bytes, not %d", strings.TrimSpace(string(b)), size/512)
+	}
+	f, err := os.Open(d.String())
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	_, err = f.ReadAt(make([]byte, min(size, 4096)), 0)
+	return err
+}
+
+// SetRequestMax sets how large a request the kernel makes, in bytes, as far as the
+// driver allows.
+func (d Device) SetRequestMax(n int64) error {
+	most, err := os.ReadFile(d.sysfs("queue/max_hw_sectors_kb"))
+	if err != nil {
+		return err
+	}
+	hw, err := strconv.ParseInt(strings.TrimSpace(string(most)), 10, 64)
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(d.sysfs("queue/max_sectors_kb"), []byte(strconv.FormatInt(min(n>>10, hw), 10)), 0)
+}

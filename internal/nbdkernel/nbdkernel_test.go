@@ -1,0 +1,72 @@
+package nbdkernel
+
+import (
+	"errors"
+	"os"
+	"path/filepath"
+	"slices"
+	"testing"
+)
+
+func TestParseDevice(t *testing.T) {
+	link := filepath.Join(t.TempDir(), "disk")
+	if err := os.Symlink("/dev/nbd3", link); err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]int{
+		"/dev/nbd0": 0, "/dev/nbd15": 15, "/dev//nbd7": 7, "/dev/../dev/nbd1": 1,
+		"nbd0": -1, "/dev/nbd": -1, "/dev/nbd0p1": -1, "/dev/nbd-1": -1, "/dev/nbd+1": -1, "/dev/nbd01": -1,
+		"/dev/sda": -1, "/dev/nbd4294967296": -1, "": -1,
+	} {
+		d, err := ParseDevice(path)
+		if want < 0 && err == nil || want >= 0 && (err != nil || d != Device(want)) {
+			t.Errorf("%q: %v, %v, want %d", path, d, err, want)
+		}
+	}
+}
+
+// Who uses a device is told from what the kernel shows in /proc and /sys.
+func TestUsers(t *testing.T) {
+	const own = "22 1 254:0 / / rw,relatime shared:1 - ext4 /dev/vda rw\n"
+	for _, tc := range []struct {
+		name, mounts, swaps string
+		holders             []string
+		want                []string
+	}{
+		{name: "nobody", mounts: own},
+		{name: "ext4", mounts: own + "36 22 43:0 / /mnt/a\\040b rw - ext4 /dev/nbd0 rw\n", want: []string{"nbd0 is mounted on /mnt/a b"}},
+		{name: "Btrfs, which has numbers of its own", mounts: own + "36 22 0:41 /sub /mnt rw shared:5 master:2 - btrfs /dev/nbd0 rw,space_cache\n",
+			want: []string{"nbd0 is mounted on /mnt"}},
+		{name: "by another path", mounts: own + "36 22 43:0 / /mnt rw - xfs /dev/disk/by-uuid/1 rw\n", want: []string{"nbd0 is mounted on /mnt"}},
+		{name: "a partition", mounts: own + "36 22 43:1 / /mnt rw - xfs /dev/nbd0p1 rw\n", want: []string{"nbd0p1 is mounted on /mnt"}},
+		{name: "another device", mounts: own + "36 22 43:16 / /mnt rw - xfs /dev/nbd01 rw\n36 22 43:160 / /mnt rw - xfs /dev/nbd10 rw\n"},
+		{name: "swap", mounts: own, swaps: "/dev/nbd0 partition 1024 0 -2\n", want: []string{"nbd0 is swapped to"}},
+		{name: "device mapper", mounts: own, holders: []string{"dm-0"}, want: []string{"nbd0 is held by dm-0"}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			root := t.TempDir()
+			put := func(name, text string) {
+				path := filepath.Join(root, name)
+				if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(text), 0o644)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			put("self/mountinfo", tc.mounts)
+			put("swaps", "Filename Type Size Used Priority\n"+tc.swaps)
+			put("block/nbd0/dev", "43:0\n")
+			put("block/nbd0/nbd0p1/dev", "43:1\n")
+			for _, dir := range []string{"block/nbd0/holders", "block/nbd0/nbd0p1/holders"} {
+				if err := os.MkdirAll(filepath.Join(root, dir), 0o755); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for _, h := range tc.holders {
+				put("block/nbd0/holders/"+h, "")
+			}
+			got, err := Device(0).users(root, root)
+			if err != nil || !slices.Equal(got, tc.want) {
+				t.Errorf("%q, %v, want %q", got, err, tc.want)
+			}
+		})
+	}
+}
