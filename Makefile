@@ -9,7 +9,7 @@ LDFLAGS    ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
 SCALE   ?= 100
 
-.PHONY: help build install pages package test-package setup debian13 test test-long lint fuzz bench bench-peers cover clean
+.PHONY: help build install pages package test-package setup debian13 test test-long test-vm lint fuzz bench bench-peers cover clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -41,6 +41,10 @@ test: setup build ## all checks and tests (PACKAGES=./store/... STAGES="plain ra
 test-long: setup build ## the same with full counts, for a night (SCALE=100 FUZZTIME=2m)
 	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-12h} scripts/test.sh
 	@$(MAKE) test-package
+
+test-vm: build ## tests in a virtual machine with Debian's kernel and systemd, in software emulation (root; RUN=regexp)
+	@scripts/vm-image.sh
+	CNBD_VM=$(CURDIR)/build/vm $(GO) test -count=1 -timeout 4h -v -run '$(or $(RUN),.)' ./test/vm
 
 lint: ## gofmt, vet, staticcheck and the rules of internal/lint
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }

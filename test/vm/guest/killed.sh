@@ -1,0 +1,60 @@
+# SIGKILL of the server below a mounted filesystem: the device fails like a dead
+# disk, it is not connected again behind the filesystem's back, and after it has been
+# attached anew everything that was synced is there.
+
+step 'cnbd installed' install_cnbd
+attach_unit 0 ext4
+step 'attached' systemctl start cnbd.service cnbd-attach@nbd0.service
+step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mkdir -p /mnt/ext4 && mount /dev/nbd0 /mnt/ext4'
+
+protected() { # as docs/host.md says
+	local pid stat flags
+	pid=$(systemctl show -P MainPID cnbd.service)
+	grep -E 'VmLck|VmRSS|Threads' "/proc/$pid/status"
+	grep -q 'VmLck:[[:space:]]*[1-9]' "/proc/$pid/status" || return
+	[ "$(cat "/proc/$pid/oom_score_adj")" -le -999 ] || return
+	for stat in /proc/"$pid"/task/*/stat; do
+		flags=$(sed 's/.*) //' "$stat" | cut -d' ' -f7)
+		# PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE
+		((flags & 0x80000 && flags & 0x100000)) || { echo "$stat: $flags"; return 1; }
+	done
+	! journalctl -b -u cnbd.service -o cat --no-pager | grep 'may hang when memory is short'
+}
+step 'all threads are IO flushers, memory is locked, the OOM killer kept away' protected
+
+say() { # as of run, and the number is kept
+	case $1 in synced) echo "$3" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
+}
+echo 0 >/tmp/synced
+writer ext4 >/tmp/writer 2>&1 &
+writer=$!
+until read -r count </tmp/synced && [ "$count" -ge 20 ]; do sleep 0.2; done
+step 'server killed' systemctl kill --signal=KILL --kill-whom=main cnbd.service
+ended() { # the writer, with an error
+	wait "$writer"
+	local status=$?
+	cat /tmp/writer
+	[ "$status" != 0 ] && grep -qi 'input/output error\|read-only' /tmp/writer
+}
+step 'the writer has an error' ended
+count=$(cat /tmp/synced)
+restarted() {
+	local n
+	for ((n = 0; n < 120; n++)); do
+		systemctl is-active -q cnbd.service && [ "$(systemctl show -P NRestarts cnbd.service)" -ge 1 ] && return
+		sleep 1
+	done
+	return 1
+}
+step 'the service has restarted the server' restarted
+stays_dead() {
+	refused 'Input/output error' dd if=/dev/nbd0 of=/dev/null bs=4096 count=1 skip=1000 iflag=direct &&
+		refused 'Input/output error\|Read-only' sh -c 'echo new >/mnt/ext4/new && sync /mnt/ext4/new'
+}
+step 'the device stays dead' stays_dead
+step 'unmounted, detached' eval 'umount /mnt/ext4 && systemctl stop cnbd-attach@nbd0.service'
+step 'attached anew, mounted' eval 'systemctl start cnbd-attach@nbd0.service && mount /dev/nbd0 /mnt/ext4'
+step "synced files are right ($count)" verify ext4 "$count"
+step 'unmounted, sound' eval 'umount /mnt/ext4 && check_filesystem ext4 /dev/nbd0'
+step 'detached' systemctl stop cnbd-attach@nbd0.service
+step 'no failed unit' no_failed_units
