@@ -42,9 +42,9 @@ test-long: setup build ## the same with full counts, for a night (SCALE=100 FUZZ
 	@CNBD_TEST_SCALE=$${CNBD_TEST_SCALE:-$(SCALE)} FUZZTIME=$${FUZZTIME:-2m} TEST_TIMEOUT=$${TEST_TIMEOUT:-12h} scripts/test.sh
 	@$(MAKE) test-package
 
-test-vm: build ## tests in a virtual machine with Debian's kernel and systemd, in software emulation (root; RUN=regexp)
+test-vm: package ## tests in a virtual machine with Debian's kernel and systemd, in software emulation (root; RUN=regexp)
 	@scripts/vm-image.sh
-	CNBD_VM=$(CURDIR)/build/vm $(GO) test -count=1 -timeout 4h -v -run '$(or $(RUN),.)' ./test/vm
+	CNBD_VM=$(CURDIR)/build/vm CNBD_DEB=$(CURDIR)/build/package/cnbd_$(VERSION)_amd64.deb $(GO) test -count=1 -timeout 4h -v -run '$(or $(RUN),.)' ./test/vm
 
 lint: ## gofmt, vet, staticcheck and the rules of internal/lint
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
