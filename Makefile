@@ -44,7 +44,7 @@ test-long: setup build ## the same with full counts, for a night (SCALE=100 FUZZ
 
 test-vm: package ## tests in a virtual machine with Debian's kernel and systemd, in software emulation (root; RUN=regexp)
 	@scripts/vm-image.sh
-	CNBD_VM=$(CURDIR)/build/vm CNBD_DEB=$(CURDIR)/build/package/cnbd_$(VERSION)_amd64.deb $(GO) test -count=1 -timeout 4h -v -run '$(or $(RUN),.)' ./test/vm
+	CNBD_VM=$(CURDIR)/build/vm CNBD_DEB=$(CURDIR)/build/package/cnbd_$(VERSION)-1_amd64.deb $(GO) test -count=1 -timeout 4h -v -run '$(or $(RUN),.)' ./test/vm
 
 lint: ## gofmt, vet, staticcheck and the rules of internal/lint
 	@test -z "$$(gofmt -l .)" || { gofmt -d .; exit 1; }
