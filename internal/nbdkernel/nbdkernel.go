@@ -113,6 +113,14 @@ type Config struct {
 // Connect attaches d. The device is there when it returns; [Device.WaitReady]
 // waits until it is of use.
 func Connect(d Device, c Config) error {
+	if err := execute(cmdConnect, c.attributes(d)); err != nil {
+		return fmt.Errorf("attach %v: %w", d, err)
+	}
+	return nil
+}
+
+// attributes are those of the message that attaches d.
+func (c *Config) attributes(d Device) *netlink.AttributeEncoder {
 	e := netlink.NewAttributeEncoder()
 	e.Uint32(attrIndex, uint32(d))
 	e.Uint64(attrSize, c.Size)
@@ -130,10 +138,7 @@ func Connect(d Device, c Config) error {
 		return nil
 	})
 	e.String(attrBackend, c.Backend)
-	if err := execute(cmdConnect, e); err != nil {
-		return fmt.Errorf("attach %v: %w", d, err)
-	}
-	return nil
+	return e
 }
 
 // disconnect tells the server good-bye and fails what is waiting.

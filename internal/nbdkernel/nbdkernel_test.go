@@ -1,11 +1,14 @@
 package nbdkernel
 
 import (
+	"bytes"
+	"encoding/binary"
 	"errors"
 	"os"
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 )
 
 func TestParseDevice(t *testing.T) {
@@ -22,6 +25,41 @@ func TestParseDevice(t *testing.T) {
 		if want < 0 && err == nil || want >= 0 && (err != nil || d != Device(want)) {
 			t.Errorf("%q: %v, %v, want %d", path, d, err, want)
 		}
+	}
+}
+
+// The message that attaches, byte by byte as the kernel's nbd-netlink.h and netlink(7)
+// have it: length and type of each attribute, its value, padding to 4.
+func TestAttributes(t *testing.T) {
+	if binary.NativeEndian.Uint16([]byte{1, 0}) != 1 {
+		t.Skip("the bytes are those of a little-endian machine")
+	}
+	f, err := os.Open("/dev/null")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	c := Config{Sockets: []*os.File{f, f}, Size: 1 << 33, BlockSize: 512, Flags: 0x16d, Backend: "nbd://a",
+		Timeout: time.Minute, DeadConnTimeout: 7 * time.Second}
+	got, err := c.attributes(3).Encode()
+	if err != nil {
+		t.Fatal(err)
+	}
+	fd := byte(f.Fd())
+	want := slices.Concat(
+		[]byte{8, 0, 1, 0, 3, 0, 0, 0},
+		[]byte{12, 0, 2, 0, 0, 0, 0, 0, 2, 0, 0, 0},
+		[]byte{12, 0, 3, 0, 0, 2, 0, 0, 0, 0, 0, 0},
+		[]byte{12, 0, 4, 0, 60, 0, 0, 0, 0, 0, 0, 0},
+		[]byte{12, 0, 8, 0, 7, 0, 0, 0, 0, 0, 0, 0},
+		[]byte{12, 0, 5, 0, 0x6d, 1, 0, 0, 0, 0, 0, 0},
+		[]byte{28, 0, 7, 0x80}, // nested
+		[]byte{12, 0, 1, 0x80, 8, 0, 1, 0, fd, 0, 0, 0},
+		[]byte{12, 0, 1, 0x80, 8, 0, 1, 0, fd, 0, 0, 0},
+		[]byte("\x0c\x00\x0a\x00nbd://a\x00"),
+	)
+	if !bytes.Equal(got, want) {
+		t.Errorf("got\n%x, want\n%x", got, want)
 	}
 }
 
