@@ -4,6 +4,7 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,6 +12,8 @@ import (
 	"os"
 	"strings"
 	"testing"
+
+	"golang.org/x/sys/unix"
 
 	"cnbd/nbd"
 )
@@ -106,6 +109,44 @@ func TestMetrics(t *testing.T) {
 	s.stop(t)
 	if _, err := os.Stat(dir + "/metrics"); !os.IsNotExist(err) {
 		t.Errorf("the socket is left: %v", err)
+	}
+}
+
+// TestFailureIsSeen has the backing fail under a server: whoever watches is told.
+func TestFailureIsSeen(t *testing.T) {
+	dir := t.TempDir()
+	s := serve(t, "--size=64MiB", "--metrics=unix:"+dir+"/m", dir+"/disk")
+	if code, body := get(t, dir+"/m", "/readyz"); code != http.StatusOK {
+		t.Fatalf("/readyz: %d %q", code, body)
+	}
+	// Writes of the log get EFBIG from now on.
+	limit := unix.Rlimit{Cur: 4096, Max: 4096}
+	if err := unix.Prlimit(s.cmd.Process.Pid, unix.RLIMIT_FSIZE, &limit, nil); err != nil {
+		t.Skipf("no limit can be set: %v", err)
+	}
+	c, err := nbd.Dial(t.Context(), s.uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if err := errors.Join(c.WriteAt(t.Context(), make([]byte, 4096), 0, false), c.Flush(t.Context())); err == nil {
+		t.Fatal("the backing does not fail")
+	}
+	const why = "file too large"
+	if code, body := get(t, dir+"/m", "/readyz"); code != http.StatusServiceUnavailable || !strings.Contains(body, why) {
+		t.Errorf("/readyz: %d %q", code, body)
+	}
+	if code, body := get(t, dir+"/m", "/healthz"); code != http.StatusOK {
+		t.Errorf("/healthz: %d %q", code, body)
+	}
+	_, body := get(t, dir+"/m", "/metrics")
+	for _, want := range []string{`cnbd_export_up{export=""} 0`, `cnbd_store_failed{export=""} 1`} {
+		if !strings.Contains(body, "\n"+want+"\n") {
+			t.Errorf("no line %s", want)
+		}
+	}
+	if top := do(t, binary, "top", "--once", "--interval=100ms", dir+"/disk"); !strings.Contains(top, "FAILED: ") || !strings.Contains(top, why) {
+		t.Errorf("top:\n%s", top)
 	}
 }
 
