@@ -2,6 +2,7 @@
 
 GO         ?= go
 PREFIX     ?= /usr/local
+BIN        ?= bin/cnbd
 SYSCONFDIR ?= /etc
 # A release is a tag vX.Y.Z; what lies behind one has the number of commits behind it.
 VERSION    ?= $(shell scripts/version.sh)
@@ -14,11 +15,11 @@ SCALE   ?= 100
 help: ## list the targets
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
 
-build: ## build the static program bin/cnbd (GOARCH=arm64 for another machine)
-	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=$(VERSION)' -o bin/cnbd ./cmd/cnbd
+build: ## build the static program BIN, bin/cnbd (GOARCH=arm64 for another machine)
+	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=$(VERSION)' -o $(BIN) ./cmd/cnbd
 
 install: build pages ## install program, man pages, completions and units below PREFIX (default /usr/local) and DESTDIR
-	@DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' scripts/install.sh
+	@BIN='$(BIN)' DESTDIR='$(DESTDIR)' PREFIX='$(PREFIX)' SYSCONFDIR='$(SYSCONFDIR)' scripts/install.sh
 
 pages: ## man pages and completions, from the commands, in build/pages
 	@VERSION='$(VERSION)' GO='$(GO)' scripts/pages.sh

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what `make build pages` has made below $DESTDIR$PREFIX, and a configuration
-# in $DESTDIR$SYSCONFDIR/cnbd unless there is one. BINARY is the program (bin/cnbd).
+# in $DESTDIR$SYSCONFDIR/cnbd unless there is one. BIN is the program (bin/cnbd).
 #
 # On a system that runs, `systemd-sysusers && systemd-tmpfiles --create && systemctl
 # daemon-reload` makes the rest.
@@ -9,7 +9,7 @@ cd "$(dirname "$0")/.."
 at=${DESTDIR:-}$PREFIX
 etc=${DESTDIR:-}${SYSCONFDIR:-/etc}/cnbd
 
-install -D -m 0755 "${BINARY:-bin/cnbd}" "$at/bin/cnbd"
+install -D -m 0755 "${BIN:-bin/cnbd}" "$at/bin/cnbd"
 install -d "$at/share/man/man1"
 install -m 0644 build/pages/man/*.gz "$at/share/man/man1"
 install -D -m 0644 build/pages/completion/bash "$at/share/bash-completion/completions/cnbd"

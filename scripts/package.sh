@@ -19,7 +19,7 @@ for ARCH in ${ARCHES:-amd64 arm64}; do
 	export ARCH ROOT=$dir/$ARCH
 	GOOS=linux GOARCH=$ARCH CGO_ENABLED=0 $go build -trimpath -buildvcs=false \
 		-ldflags "${LDFLAGS:--s -w} -X main.version=$VERSION" -o $dir/cnbd-$ARCH ./cmd/cnbd
-	DESTDIR=$ROOT PREFIX=/usr BINARY=$dir/cnbd-$ARCH scripts/install.sh
+	DESTDIR=$ROOT PREFIX=/usr BIN=$dir/cnbd-$ARCH scripts/install.sh
 	# What Debian wants to know of every package.
 	install -D -m 0644 packaging/copyright "$ROOT/debian/copyright"
 	gzip -9nc CHANGELOG.md >"$ROOT/debian/changelog.gz"

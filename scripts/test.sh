@@ -51,7 +51,7 @@ formatted() {
 
 shell_syntax() {
 	local f
-	for f in scripts/*.sh test/vm/guest/* .ci/run; do bash -n "$f" || return; done
+	for f in scripts/*.sh packaging/p{ost,re}* test/vm/guest/* .ci/run; do bash -n "$f" || return; done
 }
 
 check gofmt formatted

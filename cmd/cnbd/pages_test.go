@@ -65,10 +65,10 @@ func TestPages(t *testing.T) {
 // that name the program there, and keeps a configuration that is there.
 func TestInstall(t *testing.T) {
 	tool(t, "make")
-	dest := t.TempDir()
+	dest, bin := t.TempDir(), filepath.Join(t.TempDir(), "cnbd")
 	install := func() {
 		t.Helper()
-		do(t, "make", "-s", "-C", "../..", "install", "DESTDIR="+dest, "PREFIX=/opt/cnbd", "SYSCONFDIR=/opt/etc", "VERSION=1.2.3")
+		do(t, "make", "-s", "-C", "../..", "install", "BIN="+bin, "DESTDIR="+dest, "PREFIX=/opt/cnbd", "SYSCONFDIR=/opt/etc", "VERSION=1.2.3")
 	}
 	install()
 	read := func(name string) []byte {
