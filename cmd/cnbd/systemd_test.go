@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -37,6 +38,12 @@ func (u *unit) log(t *testing.T) string {
 // and files are what systemd passes.
 func startUnit(t *testing.T, variables []string, files []*os.File, args ...string) *unit {
 	t.Helper()
+	return startUnitOf(t, binary, variables, files, args...)
+}
+
+// startUnitOf is startUnit with another program for cnbd.
+func startUnitOf(t *testing.T, program string, variables []string, files []*os.File, args ...string) *unit {
+	t.Helper()
 	dir := t.TempDir()
 	path := filepath.Join(dir, "notify")
 	notify, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
@@ -54,7 +61,7 @@ func startUnit(t *testing.T, variables []string, files []*os.File, args ...strin
 	if len(files) > 0 {
 		script = fmt.Sprintf(`LISTEN_FDS=%d LISTEN_PID=$$ exec "$@"`, len(files))
 	}
-	u := &unit{exec.Command("/bin/sh", append([]string{"-c", script, "sh", binary, "serve"}, args...)...), stderr, notify}
+	u := &unit{exec.Command("/bin/sh", append([]string{"-c", script, "sh", program, "serve"}, args...)...), stderr, notify}
 	u.cmd.Env = append(append(os.Environ(), "NOTIFY_SOCKET="+path), variables...)
 	u.cmd.ExtraFiles = files
 	u.cmd.Stderr = stderr
@@ -86,6 +93,23 @@ func (u *unit) expect(t *testing.T, pattern string) {
 func (u *unit) signal(t *testing.T, sig os.Signal) {
 	t.Helper()
 	if err := u.cmd.Process.Signal(sig); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// signalChild signals the server where the program runs it as its child.
+func (u *unit) signalChild(t *testing.T, sig os.Signal) {
+	t.Helper()
+	pid := u.cmd.Process.Pid
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/task/%[1]d/children", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	child, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := syscall.Kill(child, sig.(syscall.Signal)); err != nil {
 		t.Fatal(err)
 	}
 }
