@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -138,7 +139,7 @@ func exportStore(cmd *cobra.Command, path, dest string, o *transferOptions) (_ *
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, closeSource()) }()
+	defer func() { err = cmp.Or(err, closeSource()) }()
 	x := &exporting{ctx: ctx, cmd: cmd, o: o, src: src, r: &transferReport{From: path, To: dest}, began: time.Now()}
 	switch {
 	case dest == "-":
@@ -191,7 +192,7 @@ func (x *exporting) verify(copied func() (transfer.Source, func() error, error))
 	}
 	err = x.r.Verify(x.ctx, src, transferProgress(x.cmd.ErrOrStderr(), "verified", nil))
 	x.r.Verified = err == nil
-	return errors.Join(err, end())
+	return cmp.Or(err, end())
 }
 
 // toFile makes f, which is at temp, a raw image.
@@ -239,7 +240,7 @@ func (x *exporting) toImage(temp, format string) error {
 	} else {
 		err = x.copy(im)
 	}
-	if err = errors.Join(err, im.Close(x.ctx)); err != nil {
+	if err = cmp.Or(err, im.Close(x.ctx)); err != nil {
 		return err
 	}
 	return x.verify(func() (transfer.Source, func() error, error) {
@@ -260,7 +261,7 @@ func (x *exporting) toDevice(dest string) error {
 	if !x.o.force {
 		err = nothingOn(own, dest)
 	}
-	if err = errors.Join(err, own.Close()); err != nil {
+	if err = cmp.Or(err, own.Close()); err != nil {
 		return err
 	}
 	f, err := os.OpenFile(dest, os.O_RDWR|unix.O_EXCL, 0) // nobody has mounted it

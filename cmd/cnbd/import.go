@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -213,7 +214,7 @@ func importStore(cmd *cobra.Command, c *config.Config, from string, o *importOpt
 	if err != nil {
 		return nil, err
 	}
-	defer func() { err = errors.Join(err, closeSource()) }()
+	defer func() { err = cmp.Or(err, closeSource()) }()
 	// Devices end with a whole sector.
 	const sector = 512
 	least := (src.Size() + sector - 1) / sector * sector
@@ -243,13 +244,13 @@ func importStore(cmd *cobra.Command, c *config.Config, from string, o *importOpt
 		})
 		if err != nil {
 			if errors.Is(err, syscall.ENOSPC) {
-				return errors.Join(fmt.Errorf("%s: %w", e.Path, err), d.Abort())
+				return cmp.Or(fmt.Errorf("%s: %w", e.Path, err), d.Abort())
 			}
-			return errors.Join(err, d.Close()) // what is done stays done
+			return cmp.Or(err, d.Close()) // what is done stays done
 		}
 		r.Report = *rep
 		st, err := d.Status(ctx)
-		if err = errors.Join(err, d.Close()); err != nil {
+		if err = cmp.Or(err, d.Close()); err != nil {
 			return err
 		}
 		r.StoredBytes, r.Ratio = st.Store.StoredBytes, st.Ratio
@@ -331,7 +332,7 @@ func fillStore(c *config.Config, e *config.Export, o *importOptions, keep func(e
 	if err := begin(u, uint64(size)); err != nil {
 		return err
 	}
-	return errors.Join(u.Publish(), f.Close())
+	return cmp.Or(u.Publish(), f.Close())
 }
 
 // importTarget is a device that is filled.

@@ -14,6 +14,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"syscall"
@@ -21,6 +22,7 @@ import (
 	"time"
 
 	"cnbd/internal/disk"
+	"cnbd/internal/disktest"
 	"cnbd/nbd"
 )
 
@@ -201,7 +203,8 @@ func TestImportStopped(t *testing.T) {
 	const size = 64 << 20
 	testDisk(t, raw, size)
 	kept := 0
-	for round, signal := range []syscall.Signal{syscall.SIGINT, syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL} {
+	signals := slices.Repeat([]syscall.Signal{syscall.SIGINT, syscall.SIGKILL, syscall.SIGTERM, syscall.SIGKILL}, disktest.Scale(t))
+	for round, signal := range signals {
 		// A pipe that stops in the midst.
 		r, w, err := os.Pipe()
 		if err != nil {
@@ -221,7 +224,7 @@ func TestImportStopped(t *testing.T) {
 		}
 		// All that is behind the chunk at work is on its way to the store; what a
 		// kill finds there is up to chance.
-		if _, err := io.CopyN(w, f, int64(round+1)*12<<20); err != nil {
+		if _, err := io.CopyN(w, f, int64(round%4+1)*12<<20); err != nil {
 			t.Fatal(err)
 		}
 		f.Close()
@@ -382,7 +385,25 @@ func TestExportServed(t *testing.T) {
 			t.Fatalf("the snapshot is held: %s", r.stderr)
 		}
 	}
+	// A server that stops does not wait for one.
+	p = exec.Command(binary, "export", path, "-")
+	out := &lockedBuffer{}
+	p.Stderr = out
+	if stdout, err = p.StdoutPipe(); err != nil {
+		t.Fatal(err)
+	}
+	if err := p.Start(); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := io.ReadFull(stdout, make([]byte, 1<<20)); err != nil {
+		t.Fatal(err)
+	}
 	s.stop(t)
+	_, _ = io.Copy(io.Discard, stdout)
+	_ = p.Wait()
+	if p.ProcessState.ExitCode() != exitFailed || strings.Count(out.String(), "\n") != 1 || !strings.Contains(out.String(), "closed the connection") {
+		t.Errorf("of a server that stops: %v\n%s", p.ProcessState, out)
+	}
 	do(t, binary, "check", "--data", path)
 }
 

@@ -2,6 +2,7 @@ package transfer
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -151,7 +152,7 @@ func (im *Image) Close(ctx context.Context) error {
 	if im.client.Flags()&nbd.FlagReadOnly == 0 {
 		err = im.client.Flush(ctx)
 	}
-	if err = errors.Join(err, im.client.Disconnect(ctx)); err != nil {
+	if err = cmp.Or(err, im.client.Disconnect(ctx)); err != nil {
 		im.kill()
 	}
 	if exit := im.cmd.Wait(); exit != nil && err == nil {
