@@ -365,6 +365,7 @@ func (s *Store) beginLife(end logEnd) error {
 	s.log, s.cleaner = l, newCleaner(s)
 	l.mu.since, l.mu.records, l.mu.snapshot = end.bytes, s.recovery.Records, end.replay
 	l.start(head, end.epochs+1, s.recovery.Epoch)
+	s.entries.Store(s.overlayLenLocked()) // what replay has entered, and nobody else can yet
 	s.makeRoom()
 	return nil
 }
