@@ -402,3 +402,36 @@ func TestTrimsOnFullHost(t *testing.T) {
 	}
 	must(t, c.Close())
 }
+
+// TestPunchedIsFree: a segment whose space is given back to the host at this moment
+// counts as free: what fits is not refused for it.
+func TestPunchedIsFree(t *testing.T) {
+	const segments = 60
+	for _, what := range []string{"chill", "sweep"} {
+		d := disktest.New(1, disktest.Options{})
+		must(t, Format(d, testGeometry(4096, segments)))
+		c := openCommitted(t, d, Options{})
+		if what == "chill" {
+			must(t, c.segments.ensure(d, segments))
+		}
+		free, _ := c.segments.room()
+		punched := 0
+		d.SetHook(func(o disktest.Op) {
+			if o.Kind == disktest.Punch {
+				punched++
+				if n, _ := c.segments.room(); n != free {
+					t.Errorf("%s: %d segments are free while one is punched, %d before", what, n, free)
+				}
+			}
+		})
+		if what == "chill" {
+			must(t, c.segments.chill(d, func() uint32 { return 0 }))
+		} else {
+			must(t, c.segments.sweep(t.Context(), d, c.segments.base(segments)))
+		}
+		if n, _ := c.segments.room(); n != free || punched < segments/2 {
+			t.Errorf("%s: %d segments are free afterwards, %d before; %d were punched", what, n, free, punched)
+		}
+		must(t, c.Close())
+	}
+}

@@ -81,6 +81,7 @@ type segments struct {
 	free  uint32            // guarded by mu; number of free ones, those beyond the table included
 	warm  uint32            // guarded by mu; number of free ones that have space on the host
 	rests uint32            // guarded by mu; number of free ones with remains
+	going uint32            // guarded by mu; number of those that are punched now, and free in a moment
 	low   uint32            // guarded by mu; no free segment lies below it
 	pins  map[uint64]int    // guarded by mu; number of readers at a checkpoint
 	held  map[*Pin]struct{} // guarded by mu; each has one of pins until it is given up
@@ -309,11 +310,12 @@ func (t *segments) growthReserve() uint64 {
 	return max(growthSegments, uint64(t.total.Load())/growthReserve)
 }
 
-// room is the number of free segments, and of those with space on the host.
+// room is the number of free segments, and of those with space on the host. One whose
+// space is on its way back to the host counts: what fits is not refused for that.
 func (t *segments) room() (free, warm uint32) {
 	t.mu.RLock()
 	defer t.mu.RUnlock()
-	return t.free, t.warm
+	return t.free + t.going, t.warm
 }
 
 // ensure asks the host for space until want free segments have it, or all free
@@ -431,6 +433,7 @@ func (t *segments) sweepOne(f disk.File, n uint32) error {
 		s := t.atLocked(n)
 		if cold = s.state == segmentFree && !s.allocated; cold {
 			t.useLocked(n)
+			t.going++
 		}
 	}
 	t.mu.Unlock()
@@ -447,6 +450,7 @@ func (t *segments) punch(f disk.File, n uint32) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	t.table[n].state = segmentFree
+	t.going--
 	t.free++
 	t.low = min(t.low, n)
 	if err != nil {
@@ -467,6 +471,7 @@ func (t *segments) nextWarm(keep func() uint32) (uint32, bool) {
 	for n := len(t.table) - 1; n >= 0; n-- {
 		if s := &t.table[n]; s.state == segmentFree && (s.remains || spare && s.allocated) {
 			t.useLocked(uint32(n))
+			t.going++
 			s.allocated = false
 			return uint32(n), true
 		}
