@@ -242,6 +242,10 @@ func importStore(cmd *cobra.Command, c *config.Config, from string, o *importOpt
 		rep, err := transfer.Copy(ctx, &importTarget{d: d, compare: old}, src, transfer.Options{
 			Digest: o.digest == "sha256", Progress: transferProgress(cmd.ErrOrStderr(), "imported", d.Appended),
 		})
+		if err == nil && old {
+			// The source may have been longer when the import was stopped.
+			err = d.WriteZeroes(ctx, rep.Bytes, d.Bytes()-rep.Bytes, false)
+		}
 		if err != nil {
 			if errors.Is(err, syscall.ENOSPC) {
 				return cmp.Or(fmt.Errorf("%s: %w", e.Path, err), d.Abort())

@@ -193,6 +193,16 @@ func TestImportStreams(t *testing.T) {
 	if r := pipe(`cat "$2" | "$1" import --resume --size 20MiB --verify - "$3"`); r.status != 0 || !strings.Contains(r.stdout, "sha256 "+sum) {
 		t.Errorf("resume: status %d\n%s%s", r.status, r.stdout, r.stderr)
 	}
+	// Also when the source is shorter by then: of what was imported behind its new end
+	// nothing is left.
+	if err := os.Remove(store); err != nil {
+		t.Fatal(err)
+	}
+	r := pipe(`head -c 9999999 "$2" | "$1" import --size 20MiB - "$3"; truncate -s 1MiB "$4" && "$1" import --resume --size 20MiB "$4" "$3" &&
+		"$1" export "$3" - | sha256sum; head -c 20971520 /dev/zero | sha256sum`, filepath.Join(dir, "short"))
+	if lines := strings.Split(strings.TrimSpace(r.stdout), "\n"); len(lines) < 2 || lines[len(lines)-1] != lines[len(lines)-2] {
+		t.Errorf("a shorter source: status %d\n%s%s", r.status, r.stdout, r.stderr)
+	}
 }
 
 // TestImportStopped: an import that is stopped or killed at any moment leaves no store,
