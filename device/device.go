@@ -535,6 +535,13 @@ func (d *Device) Status(ctx context.Context) (Status, error) {
 			return Status{}, fmt.Errorf("device: %w", err)
 		}
 	}
+	return d.Look()
+}
+
+// Look is Status without a checkpoint, for those who look often: nothing is written
+// for it. Sizes are those of what is in the log already, and while a checkpoint runs,
+// those of the commit that it is of.
+func (d *Device) Look() (Status, error) {
 	stats, err := d.store.Stats()
 	if err != nil {
 		return Status{}, err

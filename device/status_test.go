@@ -6,6 +6,7 @@ import (
 	"errors"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -327,6 +328,46 @@ func TestAllocationHoldsNothing(t *testing.T) {
 	})
 	if err != nil || told < 3 {
 		t.Errorf("%d runs, %v", told, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestLookWritesNothing: a look at a device commits nothing and writes nothing, and sees
+// what is dirty.
+func TestLookWritesNothing(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(16<<20, compression.None))
+	d := open(t, f, Options{CacheBytes: 4 << 20, CommitInterval: time.Hour, WritebackPeriod: time.Hour, DirtyExpire: time.Hour})
+	d.store.StopCleaning()
+	if _, err := d.WriteAt(noise(1, 64<<10), 0); err != nil {
+		t.Fatal(err)
+	}
+	var wrote atomic.Int64
+	f.SetHook(func(op disktest.Op) {
+		if op.Kind != disktest.Read {
+			wrote.Add(1)
+		}
+	})
+	for range 3 {
+		st, err := d.Look()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if st.DirtyBytes != 64<<10 || !st.Healthy {
+			t.Errorf("%d bytes are dirty", st.DirtyBytes)
+		}
+	}
+	if n := wrote.Load(); n != 0 {
+		t.Errorf("%d operations that change the store, for looking at it", n)
+	}
+	st, err := d.Status(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if st.DirtyBytes != 0 || wrote.Load() == 0 {
+		t.Errorf("Status has written nothing out: %d bytes are dirty", st.DirtyBytes)
 	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)

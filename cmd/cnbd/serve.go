@@ -427,7 +427,7 @@ func (s *serving) open(v *served) (err error) {
 	r := v.device.Recovery()
 	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
 		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
-	v.condition.Store(&condition{device: v.device, sampler: monitor.NewSampler(v.device.Status)})
+	v.condition.Store(&condition{device: v.device, sampler: monitor.NewSampler(func(context.Context) (device.Status, error) { return v.device.Look() })})
 	if v.socket != nil {
 		v.control = control.Serve(v.socket, control.Handlers{
 			Live: func(ctx context.Context) (any, error) { return s.live(ctx, v), nil },
