@@ -8,7 +8,6 @@ import (
 	"strconv"
 	"strings"
 
-	"github.com/rs/zerolog"
 	"golang.org/x/sys/unix"
 
 	"cnbd/config"
@@ -91,10 +90,9 @@ func lowerOOMScore(adjust int) error {
 }
 
 // protect does what c asks for to be safe on the host of a mounted device, but for
-// becoming an IO flusher, which has ended with flusher. What is not possible is
-// told in one warning.
-func protect(c *config.Config, flusher error, log zerolog.Logger) {
-	var errs []error
+// becoming an IO flusher, which has ended with flusher. It returns what is not
+// possible.
+func protect(c *config.Config, flusher error) (errs []error) {
 	try := func(key string, err error) {
 		if err != nil {
 			errs = append(errs, fmt.Errorf("%s: %w", key, err))
@@ -107,7 +105,5 @@ func protect(c *config.Config, flusher error, log zerolog.Logger) {
 	if c.OOMScoreAdjust < 0 {
 		try("oom-score-adjust", lowerOOMScore(c.OOMScoreAdjust))
 	}
-	if len(errs) > 0 {
-		log.Warn().Errs("missing", errs).Msg("a device that is mounted on this same host may hang when memory is short")
-	}
+	return errs
 }

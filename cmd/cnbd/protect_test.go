@@ -105,6 +105,13 @@ func TestProtection(t *testing.T) {
 					t.Errorf("%s: flags %#x, an IO flusher is wanted: %v", path, flags, tc.flusher)
 				}
 			}
+			// Its end, which is when all of the log is here.
+			if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("%v\n%s", err, &log)
+			}
 			warnings := 0
 			for line := range strings.Lines(log.String()) {
 				if strings.Contains(line, `"level":"warn"`) {

@@ -85,7 +85,7 @@ func newServe() *cobra.Command {
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
 			}
-			protect(c, flusher, s.log)
+			s.unprotected = protect(c, flusher)
 			return errors.Join(s.run(cmd.OutOrStdout(), stop, hup), s.end())
 		},
 	}
@@ -105,6 +105,8 @@ type serving struct {
 	listeners []net.Listener
 	server    *nbd.Server
 	monitor   *monitor.Server // nil: not asked for
+
+	unprotected []error // what protect could not do
 }
 
 // served is one export.
@@ -183,6 +185,10 @@ func (s *serving) run(stdout io.Writer, stop, hup <-chan os.Signal) error {
 	}
 	if err := try(s.open); err != nil {
 		return err
+	}
+	// Not before it is served: where it cannot be, the reason alone is told.
+	if len(s.unprotected) > 0 {
+		s.log.Warn().Errs("missing", s.unprotected).Msg("a device that is mounted on this same host may hang when memory is short")
 	}
 	broken := make(chan error, len(s.listeners))
 	for _, l := range s.listeners {
