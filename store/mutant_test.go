@@ -24,7 +24,8 @@ func TestMutants(t *testing.T) {
 		try   func(seed uint64) error
 	}{
 		{"commit without sync", mutant.CommitWithoutSync, 20, powerCuts},
-		{"reuse before the checkpoint", mutant.ReuseBeforeCheckpoint, 20, powerCuts},
+		// A history shows it about once in ten.
+		{"reuse before the checkpoint", mutant.ReuseBeforeCheckpoint, 100, powerCuts},
 		{"reuse behind one checkpoint", mutant.ReuseBehindOne, 20, func(seed uint64) error { return rottenHistory(seed, 0) }},
 		{"log unverified", mutant.LogUnverified, 20, powerCuts},
 		{"stale life", mutant.StaleLife, 20, powerCuts},
