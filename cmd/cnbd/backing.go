@@ -49,7 +49,7 @@ func resolved(path string) string {
 // inUse explains the error of a store that somebody else has.
 func inUse(path string, err error) error {
 	if errors.Is(err, disk.ErrLocked) {
-		return fmt.Errorf("%w: the store is being served; `cnbd info %s`, compact and resize ask its server, everything else needs it stopped", err, path)
+		return fmt.Errorf("%w: the store is being served; `cnbd info %s` and top, check --data, compact, export, map and resize ask its server, everything else needs it stopped", err, path)
 	}
 	return err
 }
@@ -109,27 +109,14 @@ func makeStore(c *config.Config, e *config.Export, force bool) error {
 		if err != nil {
 			return err
 		}
-		err = disk.CreateFile(e.Path, force, func(f disk.File) error { return store.Format(f, g) })
-		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("%w; --force replaces it, with all that it holds", err)
-		}
-		return inUse(e.Path, err)
+		return notMade(e.Path, disk.CreateFile(e.Path, force, func(f disk.File) error { return store.Format(f, g) }))
 	}
-	f, err := disk.Open(e.Path, disk.OpenOptions{})
-	if err != nil {
-		return inUse(e.Path, err)
-	}
-	defer f.Close()
-	if !force {
-		if err := nothingOn(f, e.Path); err != nil {
-			return err
-		}
-	}
-	size, err := f.Size()
+	f, size, err := openDevice(e.Path, force)
 	if err != nil {
 		return err
 	}
-	g, err := geometryFor(c, e, uint64(size))
+	defer f.Close()
+	g, err := geometryFor(c, e, size)
 	if err != nil {
 		return err
 	}
@@ -137,6 +124,35 @@ func makeStore(c *config.Config, e *config.Export, force bool) error {
 		return fmt.Errorf("%s: %w", e.Path, err)
 	}
 	return f.Close()
+}
+
+// notMade is err of the making of a file at path, with what to do about it; nil if
+// there is none.
+func notMade(path string, err error) error {
+	if errors.Is(err, fs.ErrExist) {
+		return fmt.Errorf("%w; --force replaces it, with all that it holds", err)
+	}
+	return inUse(path, err)
+}
+
+// openDevice opens the block device at path, of size bytes, for a new store. What
+// seems to hold something is refused, but with force.
+func openDevice(path string, force bool) (f disk.File, size uint64, err error) {
+	if f, err = disk.Open(path, disk.OpenOptions{}); err != nil {
+		return nil, 0, inUse(path, err)
+	}
+	if !force {
+		err = nothingOn(f, path)
+	}
+	var n int64
+	if err == nil {
+		n, err = f.Size()
+	}
+	if err != nil {
+		f.Close()
+		return nil, 0, err
+	}
+	return f, uint64(n), nil
 }
 
 // nothingOn refuses a block device that seems to hold something.

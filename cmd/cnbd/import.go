@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"strings"
 	"syscall"
@@ -312,28 +311,15 @@ func fillStore(c *config.Config, e *config.Export, o *importOptions, keep func(e
 		return fill(f, false)
 	}
 	if !isDevice(e.Path) {
-		err := disk.Create(e.Path, disk.CreateOptions{Force: o.force, Resume: o.resume, Keep: keep}, func(f disk.File, _ string) error { return begin(f, 0) })
-		if errors.Is(err, fs.ErrExist) {
-			return fmt.Errorf("%w; --force replaces it, with all that it holds", err)
-		}
-		return inUse(e.Path, err)
+		return notMade(e.Path, disk.Create(e.Path, disk.CreateOptions{Force: o.force, Resume: o.resume, Keep: keep}, func(f disk.File, _ string) error { return begin(f, 0) }))
 	}
-	f, err := disk.Open(e.Path, disk.OpenOptions{})
-	if err != nil {
-		return inUse(e.Path, err)
-	}
-	defer f.Close()
-	if !o.force {
-		if err := nothingOn(f, e.Path); err != nil {
-			return err
-		}
-	}
-	size, err := f.Size()
+	f, size, err := openDevice(e.Path, o.force)
 	if err != nil {
 		return err
 	}
+	defer f.Close()
 	u := store.Unfinished{File: f}
-	if err := begin(u, uint64(size)); err != nil {
+	if err := begin(u, size); err != nil {
 		return err
 	}
 	return cmp.Or(u.Publish(), f.Close())
