@@ -140,6 +140,12 @@ func (m *merger) visit(level uint8, c child, route block.Range) error {
 	switch {
 	case isLost(err) && !changed:
 		// It was only to be moved: whoever reads it later may have more luck.
+		// Those above it can still leave their places.
+		if m.evacuatesAbove(route) {
+			if err := m.touch(); err != nil {
+				return err
+			}
+		}
 		m.leave(c.keys)
 		return m.keep(level, c)
 	case isLost(err):
@@ -154,7 +160,7 @@ func (m *merger) visit(level uint8, c child, route block.Range) error {
 		return err
 	case level > 0:
 		return m.visitChildren(frame{level: level, self: c, node: n, hot: hot}, route)
-	case !m.alters(n, route) && !m.evacuates(c, route):
+	case !m.alters(n, route) && !m.evacuatesAbove(route) && !(m.evacuating(route) && m.evacuates(c.Pointer)):
 		return m.keep(level, c)
 	}
 	if err := m.touch(); err != nil {
@@ -231,29 +237,22 @@ func (m *merger) evacuating(route block.Range) bool {
 	return ok && k < route.End
 }
 
-// evacuates reports whether the leaf c, or a node above it that would otherwise
-// be kept, has to leave its place. Writing a leaf anew does that for all those above.
-func (m *merger) evacuates(c child, route block.Range) bool {
-	if !m.evacuating(route) {
-		return false
-	}
-	leaves := func(p Pointer) bool {
-		for _, at := range p.Places[:p.Copies] {
-			if m.evacuation.From(at.Segment) {
-				return true
-			}
-		}
-		return false
-	}
-	if leaves(c.Pointer) {
-		return true
-	}
-	for i := range m.path {
-		if f := &m.path[i]; !f.dirty && leaves(f.self.Pointer) {
+// evacuates reports whether a node at p has to leave its place.
+func (m *merger) evacuates(p Pointer) bool {
+	for _, at := range p.Places[:p.Copies] {
+		if m.evacuation.From(at.Segment) {
 			return true
 		}
 	}
 	return false
+}
+
+// evacuatesAbove reports whether a node above route that would otherwise be
+// kept has to leave its place. Touching it does that for all those above.
+func (m *merger) evacuatesAbove(route block.Range) bool {
+	return m.evacuating(route) && slices.ContainsFunc(m.path, func(f frame) bool {
+		return !f.dirty && m.evacuates(f.self.Pointer)
+	})
 }
 
 // changed reports whether the node of this level and range has to be read,

@@ -286,6 +286,42 @@ func (m *mapModel) hurt() {
 	}
 }
 
+// An inner node leaves its place although the leaf by which it is found cannot
+// be read; the leaf stays.
+func TestEvacuationAboveUnreadable(t *testing.T) {
+	m := newMapModel(t, rand.New(rand.NewPCG(1, 1)), 8000, 200, TreeOptions{CacheBytes: 1})
+	m.stream(0, 8000)
+	m.merge(0)
+	_, nodes, _ := m.reach()
+	find := func(level uint8, start block.Index) (WalkNode, bool) {
+		i := slices.IndexFunc(nodes, func(w WalkNode) bool { return w.Level == level && w.Keys.Start == start })
+		if i < 0 {
+			return WalkNode{}, false
+		}
+		return nodes[i], true
+	}
+	inner := nodes[slices.IndexFunc(nodes, func(w WalkNode) bool { return w.Level == 1 && w.Keys.Start > 0 })]
+	leaf, ok := find(0, inner.Keys.Start)
+	if !ok {
+		t.Fatal("no leaf begins with its parent")
+	}
+	m.store.damage(leaf.Pointer)
+	segment := inner.Places[0].Segment
+	evacuation := Evacuation{Keys: []block.Index{inner.Keys.Start}, From: func(n uint32) bool { return n == segment }}
+	var err error
+	if m.root, m.pending, err = m.tree.Merge(m.root, nil, nil, 0, evacuation, m.usage); err != nil {
+		t.Fatal(err)
+	}
+	have, nodes, _ := m.reach()
+	if w, ok := find(1, inner.Keys.Start); !ok || w.Pointer == inner.Pointer {
+		t.Errorf("the inner node of %v is still in segment %d", inner.Keys, segment)
+	}
+	if w, ok := find(0, leaf.Keys.Start); !ok || w.Pointer != leaf.Pointer {
+		t.Error("the leaf that cannot be read was given up")
+	}
+	m.usage.diff(t, have)
+}
+
 func TestMergeModel(t *testing.T) {
 	seed := disktest.Seed(t)
 	for i, c := range []struct {
