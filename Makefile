@@ -10,10 +10,10 @@ LDFLAGS    ?= -s -w
 # How often the counts of `make test` are done by `make test-long`.
 SCALE   ?= 100
 
-.PHONY: help build install pages package test-package setup debian13 test test-long test-vm lint fuzz bench bench-peers cover clean
+.PHONY: help build install pages package test-package setup debian13 test test-long test-vm lint fuzz bench bench-compare bench-peers cover clean
 
 help: ## list the targets
-	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 15
 
 build: ## build the static program BIN, bin/cnbd (GOARCH=arm64 for another machine)
 	CGO_ENABLED=0 $(GO) build -trimpath -ldflags '$(LDFLAGS) -X main.version=$(VERSION)' -o $(BIN) ./cmd/cnbd
@@ -58,6 +58,9 @@ fuzz: ## every fuzz target for FUZZTIME each (default 1m)
 
 bench: ## the benchmarks beside the code (BENCH=regexp to choose)
 	$(GO) test -run '^$$' -bench '$(or $(BENCH),.)' -benchmem ./...
+
+bench-compare: ## those of revision BASE beside those of the working tree, by benchstat (BENCH, PACKAGES, COUNT)
+	@GO='$(GO)' BASE='$(BASE)' BENCH='$(BENCH)' PACKAGES='$(PACKAGES)' COUNT='$(COUNT)' bench/compare.sh
 
 bench-peers: setup build ## cnbd beside nbdkit and qemu-nbd (IMAGE, ROUNDS, DIR; see bench/README.md)
 	@bench/peers.py --cnbd bin/cnbd
