@@ -2,6 +2,7 @@ package delalloc
 
 import (
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"cnbd/extents"
@@ -15,7 +16,8 @@ type Epoch struct {
 	Number uint64
 	State  *extents.StateTree
 
-	holeSeq uint64 // when frozen: the newest hole that belongs to it
+	holeSeq uint64       // when frozen: the newest hole that belongs to it
+	trims   atomic.Int64 // holes that it was given
 
 	mu    sync.Mutex
 	since time.Time // guarded by mu; when it became dirty, zero if it is not
@@ -56,6 +58,8 @@ type Epochs struct {
 
 	open   *Epoch // guarded by gate
 	frozen *Epoch // owned by the committer
+
+	trims atomic.Int64 // holes of the open epoch, and of the frozen one until all is appended
 }
 
 // NewEpochs begins with an empty open epoch.
@@ -72,6 +76,15 @@ func (e *Epochs) Enter() *Epoch {
 
 // Leave ends what Enter began.
 func (e *Epochs) Leave() { e.gate.RUnlock() }
+
+// Trimmed notes that e, which was entered and has not been left, was given a hole.
+func (e *Epochs) Trimmed(in *Epoch) {
+	in.trims.Add(1)
+	e.trims.Add(1)
+}
+
+// Trims is how many holes may not have been appended yet, at most.
+func (e *Epochs) Trims() int64 { return e.trims.Load() }
 
 // Open is the open epoch, which may be frozen at any moment.
 func (e *Epochs) Open() *Epoch {

@@ -538,6 +538,7 @@ func (w *Writeback) Commit(ctx context.Context, es *Epochs) error {
 	if err := w.opts.Queue.Wait(ctx, ticket); err != nil {
 		return fmt.Errorf("delalloc: commit: %w", err)
 	}
+	es.trims.Add(-e.trims.Swap(0)) // they are appended
 	if t.err != nil || !t.ok {
 		return t.err
 	}

@@ -155,8 +155,11 @@ type Device struct {
 	scratch *buffer.Pool // stored and decoded bytes of extents being read
 
 	owners atomic.Uint64 // of range locks; delalloc has number 1
-	room   sync.Mutex    // one at a time forces checkpoints for trims
-	resize sync.Mutex    // one Resize at a time
+	room   struct {      // for trims
+		sync.Mutex           // one at a time forces checkpoints
+		failed     time.Time // guarded by it; when they made no room, zero if they did
+	}
+	resize sync.Mutex // one Resize at a time
 
 	mu     sync.RWMutex
 	closed bool // guarded by mu
@@ -201,7 +204,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
-		NeedCommit: d.needCommit, Warn: o.Warn, TrimLeaves: o.trimLeaves,
+		NeedCommit: d.needCommit, Trims: d.epochs.Trims, Warn: o.Warn, TrimLeaves: o.trimLeaves,
 	})
 	if err != nil {
 		return nil, err

@@ -479,3 +479,77 @@ func TestTrimsWaitForCheckpoint(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestTrimsWithoutRoom: on a host that is full trims are refused, with nothing changed,
+// before a checkpoint of what they change of the map would run out of space. They go
+// on when the host has space again.
+func TestTrimsWithoutRoom(t *testing.T) {
+	const size = 128 << 20
+	warnings := 0
+	o := smallOptions(t)
+	o.CleanPeriod = time.Hour
+	o.Warn = func(msg string, err error) { warnings++; t.Log(msg, err) }
+	f := disktest.New(1, disktest.Options{})
+	g := testGeometry(size, compression.None)
+	g.Capacity = 2 * size
+	format(t, f, g)
+	d := open(t, f, o)
+	truth := make([]byte, size)
+	for b := 0; b < size; b += 2 * block.Size {
+		fill(truth[b:][:512], uint64(b))
+		if _, err := d.WriteAt(truth[b:][:block.Size], int64(b)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n, err := f.Clone().Allocated()
+	if err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	f.SetCapacity(n + 6*store.SegmentSizeMin)
+	d = open(t, f, o)
+	if n, err = f.Allocated(); err != nil {
+		t.Fatal(err)
+	}
+	f.SetCapacity(n)
+	trim := func(i int) error {
+		b := uint64(i*38*2%(size/block.Size)) * block.Size
+		err := d.Trim(t.Context(), b, block.Size, false)
+		if err == nil {
+			clear(truth[b:][:block.Size])
+		}
+		return err
+	}
+	done := 0
+	for err = error(nil); err == nil && done < 1000; done++ {
+		err = trim(done)
+	}
+	t.Logf("%d trims", done)
+	if !errors.Is(err, syscall.ENOSPC) || warnings != 1 {
+		t.Fatalf("trim %d: %v, %d warnings", done, err, warnings)
+	}
+	if err := trim(done); !errors.Is(err, syscall.ENOSPC) || warnings != 1 {
+		t.Fatalf("the trim behind it: %v, %d warnings", err, warnings)
+	}
+	if err := d.WriteZeroes(t.Context(), 0, block.Size, false); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("zeroes: %v", err)
+	}
+	if err := d.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	compareAll(t, d, truth)
+	f.SetCapacity(2 * size)
+	for i := range 2000 {
+		if err := trim(i); err != nil {
+			t.Fatalf("trim %d with space: %v", i, err)
+		}
+	}
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f.Clone())
+}

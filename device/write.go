@@ -1,6 +1,7 @@
 package device
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -288,6 +289,7 @@ var errGrown = errors.New("device: grown")
 // holds the range lock of w.r, which covers both.
 func (w *Write) installAround(epoch *delalloc.Epoch, owner uint64, hole block.Range) (spare block.Count) {
 	d := w.d
+	d.epochs.Trimmed(epoch)
 	dropped, _ := d.cache.InstallHole(hole, epoch.Number)
 	spare = dropped
 	for _, e := range w.edges {
@@ -423,7 +425,9 @@ func (d *Device) rangesMax() int {
 
 // Trim makes the whole blocks inside [off, off+n) read as zeros and frees their
 // space; the parts of blocks at the edges keep their data. It is answered at
-// once whatever the range; with fua it is durable.
+// once whatever the range; with fua it is durable. ENOSPC says that nothing has
+// changed: on a host that is full there is not even room for what a checkpoint
+// would append of the map.
 func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 	if err := d.checkWrite(off, n); err != nil {
 		return err
@@ -449,26 +453,15 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 
 // bound commits when the state tree has grown too large. It waits for checkpoints
 // when there is much that they have to work off, and when so little room is left that
-// the log needs it for them: trims do not reserve any.
+// the log needs it for them: trims do not reserve any. If they and cleaning do not
+// make room the error wraps ENOSPC.
 func (d *Device) bound(ctx context.Context) error {
 	if err := d.store.WaitOverlay(); err != nil {
 		return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 	}
 	if d.store.Short() {
-		d.room.Lock()
-		defer d.room.Unlock()
-		for left := 2; left > 0 && d.store.Short(); left-- {
-			if err := d.Flush(ctx); err != nil {
-				return err
-			}
-			if err := d.store.Checkpoint(); err != nil {
-				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
-			}
-		}
-		if d.store.Short() {
-			if err := d.store.MakeRoom(ctx, 0, store.Overwriting); err != nil && !errors.Is(err, store.ErrNoSpace) {
-				return fmt.Errorf("device: %w: %w", syscall.EIO, err)
-			}
+		if err := d.makeRoom(ctx); err != nil {
+			return err
 		}
 	}
 	if d.epochs.Open().State.Ranges() < d.rangesMax() {
@@ -476,6 +469,44 @@ func (d *Device) bound(ctx context.Context) error {
 	}
 	return d.Flush(ctx)
 }
+
+// makeRoom takes checkpoints and cleans, until what the trims so far change of the map
+// has room, one caller at a time.
+func (d *Device) makeRoom(ctx context.Context) error {
+	d.room.Lock()
+	defer d.room.Unlock()
+	if d.store.Short() && time.Since(d.room.failed) < roomRetry {
+		return d.noSpace(store.ErrNoSpace)
+	}
+	for left := 2; left > 0 && d.store.Short(); left-- {
+		if err := d.Flush(ctx); err != nil {
+			return err
+		}
+		if err := d.store.Checkpoint(); err != nil {
+			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		}
+	}
+	if d.store.Short() {
+		err := d.store.MakeRoom(ctx, 0, store.Trimming)
+		switch {
+		case err != nil && !errors.Is(err, store.ErrNoSpace):
+			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		case d.store.Short():
+			err = cmp.Or(err, store.ErrNoSpace)
+			if d.room.failed.IsZero() {
+				d.opts.Warn("trims are left undone until there is space for what they change of the map", err)
+			}
+			d.room.failed = time.Now()
+			return d.noSpace(err)
+		}
+	}
+	d.room.failed = time.Time{}
+	return nil
+}
+
+// roomRetry is how long trims are refused without another try when one was in vain:
+// it takes checkpoints, which use the log too.
+const roomRetry = time.Second
 
 // WriteZeroes makes [off, off+n) read as zeros: whole blocks become holes, and
 // the parts of blocks at the edges are written. It happens in one epoch.

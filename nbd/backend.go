@@ -37,6 +37,8 @@ type Backend interface {
 
 	// Trim tells that the n bytes at off are no longer needed; what they then
 	// read as is the backend's choice. With fua its effect is durable on return.
+	// One that has no room to do so changes nothing and returns ENOSPC, of which
+	// the client is not told.
 	Trim(ctx context.Context, off, n uint64, fua bool) error
 
 	// BlockStatus tells what of the n bytes at off is allocated: it calls visit

@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"syscall"
 	"time"
 
 	"cnbd/internal/invariants"
@@ -490,7 +491,9 @@ func (c *conn) execute(r *request) {
 	case CmdFlush:
 		err = b.Flush(c.ctx)
 	case CmdTrim:
-		err = b.Trim(c.ctx, r.off, r.n, fua)
+		if err = b.Trim(c.ctx, r.off, r.n, fua); errors.Is(err, syscall.ENOSPC) {
+			err = nil // it is advice, and no reason to have a filesystem fail
+		}
 	case CmdWriteZeroes:
 		err = b.WriteZeroes(c.ctx, r.off, r.n, ZeroFlags{
 			FUA:      fua,

@@ -224,6 +224,23 @@ func TestVerbsReachTheBackend(t *testing.T) {
 	}
 }
 
+// A trim for which there is no room is answered like one that had an effect: it is
+// advice. Every other error is told.
+func TestTrimWithoutRoom(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	var fails error
+	d.onTrim = func(uint64, uint64, bool) error { return fails }
+	c := serveDisk(t, d).dial("")
+	fails = fmt.Errorf("full: %w", syscall.ENOSPC)
+	if err := c.Trim(t.Context(), 0, 4096, false); err != nil {
+		t.Error(err)
+	}
+	fails = fmt.Errorf("broken: %w", syscall.EIO)
+	if err := c.Trim(t.Context(), 0, 4096, false); !errors.Is(err, syscall.EIO) {
+		t.Errorf("EIO arrived as %v", err)
+	}
+}
+
 // What is in flight when Shutdown is called is answered; what is sent later is not
 // read. More is answered than the client's side of a socket holds: TCP would throw
 // the rest away if the server closed with the late request unread.

@@ -97,12 +97,13 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 	s.metrics.checkpoints.Add(1)
 
 	s.segments.release(sb.sequence)
-	s.chill()
-	// What commits and trims have used of the space that is kept for them. On a host
-	// that is full they go on with what checkpoints set free: see AppendCommit.
+	// What commits and trims have used of the space that is kept for them, before the
+	// host is given any. When it is full they go on with what checkpoints set free:
+	// see AppendCommit.
 	if s.segments.ensure(s.file, reserveSegments) != nil {
 		s.givePinsUp()
 	}
+	s.chill()
 	s.progress.Lock()
 	s.progress.sequence = sb.sequence
 	s.progress.cond.Broadcast()

@@ -184,18 +184,29 @@ func (s *Store) StopCleaning() {
 // fits returns nil if a reservation of n blocks would find free segments that have
 // space on the host, which it may ask for some, and else why not.
 func (s *Store) fits(n block.Count, w Want) error {
+	free, warm := s.segments.room()
+	wantFree, wantWarm := s.wants(n, w)
+	if wantFree > uint64(free) {
+		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, wantFree, free, ErrNoSpace)
+	}
+	if wantWarm > uint64(warm) {
+		return s.segments.ensure(s.file, uint32(wantWarm))
+	}
+	return nil
+}
+
+// wants is how many segments must be free, and have space on the host, for a
+// reservation of n blocks.
+func (s *Store) wants(n block.Count, w Want) (free, warm uint64) {
+	if w == Trimming {
+		want := s.unreserved()
+		return want, want
+	}
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
-	free, warm := s.segments.room()
 	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
-	if want+s.kept(w) > uint64(free) {
-		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, want, free, ErrNoSpace)
-	}
-	if want += cleanSegments; want > uint64(warm) {
-		return s.segments.ensure(s.file, uint32(want))
-	}
-	return nil
+	return want + s.kept(w), want + cleanSegments
 }
 
 // MakeRoom blocks until a reservation of n blocks may succeed: it takes
@@ -357,15 +368,15 @@ const fruitlessMax = 64
 // does not care for. Of a host that is full they are those that have their space.
 func (s *Store) canFit(n block.Count, w Want, hostFull bool) bool {
 	s.mu.RLock()
-	nodes, before := s.mu.root.Nodes, s.mu.replay
+	before := s.mu.replay
 	s.mu.RUnlock()
 	dead, live := s.segments.garbage(before)
 	size := uint64(s.segments.size)
 	dead -= min(dead, (dead+live)/cleanGain)
 	gain := s.segments.emptying() + dead/size
 	free, warm := s.segments.room()
-	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
-	return want+s.kept(w) <= uint64(free)+gain && (!hostFull || want+cleanSegments <= uint64(warm)+gain)
+	wantFree, wantWarm := s.wants(n, w)
+	return wantFree <= uint64(free)+gain && (!hostFull || wantWarm <= uint64(warm)+gain)
 }
 
 // errNoRoom says that the cleaner's reserve is used up until the next checkpoints.
@@ -620,6 +631,9 @@ func (c *cleaner) claim(bytes, changes int64) bool {
 	free, warm := s.segments.room()
 	// What is kept from clients for the cleaner is there for this.
 	want := s.segmentsFor(s.reserved.Load(), nodes)
+	if c.hurry {
+		want = min(want, s.unreserved())
+	}
 	fits := want <= uint64(free)
 	if fits && want > uint64(warm) {
 		fits = s.segments.ensure(s.file, uint32(want)) == nil

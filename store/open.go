@@ -330,10 +330,23 @@ func (s *Store) beginLife(end logEnd) error {
 	if _, err := rand.Read(life[:]); err != nil {
 		return fmt.Errorf("store: draw a life id: %w", err)
 	}
+	s.entries.Store(s.overlayLenLocked()) // what replay has entered, and nobody else can yet
+	s.cleaner = newCleaner(s)
 	s.segments.use(end.head.next)
+	if err := s.segments.allocate(s.file, end.head.next); err != nil {
+		return err
+	}
+	// Room for commits, checkpoints and trims, which do not reserve (promise P4): all
+	// of reserveSegments, and the next segment, which nothing counts.
+	if err := s.ensureFirst(uint32(s.unreserved()) + 2); err != nil {
+		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
+	}
 	next, ok := s.segments.take()
 	if !ok {
 		return fmt.Errorf("store: no free segment to go on in: %w", ErrNoSpace)
+	}
+	if err := s.segments.allocate(s.file, next); err != nil {
+		return err
 	}
 	l := &log{file: s.file, segments: s.segments, store: &s.geometry, life: binary.LittleEndian.Uint64(life[:]), fail: s.fail}
 	head := segmentHead{
@@ -341,12 +354,6 @@ func (s *Store) beginLife(end logEnd) error {
 		prev: end.head.number, pserial: end.head.serial, plife: end.head.life, pend: end.offset, durable: s.recovery.Epoch,
 	}
 	s.segments.identify(head.number, head.serial, identitySeed(s.geometry.UUID, head.number, head.life, head.serial))
-	// No reservation counts these two, and what is reserved is written to them first.
-	for _, n := range []uint32{head.number, next} {
-		if err := s.segments.allocate(s.file, n); err != nil {
-			return err
-		}
-	}
 	var b [segmentData]byte
 	head.encode(b[:segmentHeader], &s.geometry)
 	head.encode(b[segmentHeader:], &s.geometry)
@@ -358,16 +365,26 @@ func (s *Store) beginLife(end logEnd) error {
 			return fmt.Errorf("store: sync: %w", err)
 		}
 	}
-	// Room for commits, checkpoints and trims, which do not reserve (promise P4).
-	if err := s.segments.ensure(s.file, reserveSegments); err != nil {
-		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
-	}
-	s.log, s.cleaner = l, newCleaner(s)
+	s.log = l
 	l.mu.since, l.mu.records, l.mu.snapshot = end.bytes, s.recovery.Records, end.replay
 	l.start(head, end.epochs+1, s.recovery.Epoch)
-	s.entries.Store(s.overlayLenLocked()) // what replay has entered, and nobody else can yet
 	s.makeRoom()
 	return nil
+}
+
+// ensureFirst is segments.ensure at the start. When the host is full, what a process
+// that was killed had allocated is looked for.
+func (s *Store) ensureFirst(want uint32) error {
+	err := s.segments.ensure(s.file, want)
+	if !errors.Is(err, ErrHostFull) {
+		return err
+	}
+	size, serr := s.file.Size()
+	if serr != nil {
+		return fmt.Errorf("store: %w", serr)
+	}
+	s.segments.suspect(size)
+	return s.segments.ensure(s.file, want)
 }
 
 // makeRoom takes checkpoints while room is short, before anything is served: each

@@ -319,11 +319,37 @@ func (t *segments) room() (free, warm uint32) {
 }
 
 // ensure asks the host for space until want free segments have it, or all free
-// ones. A host that is full is ErrNoSpace.
+// ones. A host that is full is ErrHostFull.
 func (t *segments) ensure(f disk.File, want uint32) error {
 	for {
-		if done, err := t.ensureOne(f, want); done || err != nil {
+		done, err := t.ensureOne(f, want)
+		if errors.Is(err, ErrHostFull) && t.keep(f, want) {
+			return nil
+		}
+		if done || err != nil {
 			return err
+		}
+	}
+}
+
+// keep asks for what the host still holds of free segments, which may be all of
+// their space, until want have it, and tells whether they do.
+func (t *segments) keep(f disk.File, want uint32) bool {
+	for n := uint32(0); ; n++ {
+		t.mu.RLock()
+		for n < uint32(len(t.table)) && !(t.table[n].state == segmentFree && t.table[n].remains) {
+			n++
+		}
+		enough, end := t.warm >= want || t.warm == t.free, n >= uint32(len(t.table))
+		t.mu.RUnlock()
+		if enough || end {
+			return enough
+		}
+		t.alloc.Lock()
+		err := t.allocate(f, n)
+		t.alloc.Unlock()
+		if err != nil && !errors.Is(err, ErrHostFull) {
+			return false
 		}
 	}
 }
@@ -420,6 +446,22 @@ func (t *segments) sweep(ctx context.Context, f disk.File, bytes int64) error {
 		}
 	}
 	return nil
+}
+
+// suspect notes of the free segments in the first bytes of the file that the host may
+// hold their space, as far as this process does not know.
+func (t *segments) suspect(bytes int64) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for n := range t.total.Load() {
+		if t.base(n) >= bytes {
+			break
+		}
+		if s := t.atLocked(n); s.state == segmentFree && !s.allocated && !s.remains {
+			s.remains = true
+			t.rests++
+		}
+	}
 }
 
 // sweepOne gives back what the host may hold of segment n, if it is free and does

@@ -93,6 +93,12 @@ type Options struct {
 	// be nil if the caller commits anyhow.
 	NeedCommit func()
 
+	// Trims returns how many holes the caller holds that it will append, at most.
+	// They change the map without a reservation, so that what they take at the
+	// next checkpoint is kept free for them: see Short. It is called from any
+	// goroutine and must not block. It may be nil if there are none.
+	Trims func() int64
+
 	// Warn is told of damage that was found and of other things that an
 	// administrator should know. It may be nil.
 	Warn func(msg string, err error)
@@ -113,6 +119,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.NeedCommit == nil {
 		o.NeedCommit = func() {}
+	}
+	if o.Trims == nil {
+		o.Trims = func() int64 { return 0 }
 	}
 	if o.Warn == nil {
 		o.Warn = func(string, error) {}
@@ -630,6 +639,9 @@ const (
 	SmallGrowth
 	// Overwriting is for blocks that are stored: what they take now comes back.
 	Overwriting
+	// Trimming is for no blocks at all, and only for MakeRoom: what trims change of
+	// the map, see Store.Short.
+	Trimming
 
 	// SmallBlocks is just less than the 128 KiB into which the kernel's nbd driver
 	// cuts large writes.
@@ -728,19 +740,43 @@ func (s *Store) segmentsFor(n int64, nodes uint64) uint64 {
 // what the cleaner moves: one leaf for each change, though no more than there are
 // leaves.
 func (s *Store) mapWorst(n, nodes uint64) uint64 {
-	changes := uint64(s.entries.Load()+max(cleanChanges, s.cleaner.moving.Load()+s.cleaner.nodes.Load())) + n
+	return mapBytes(s.changes(cleanChanges)+n, nodes)
+}
+
+// changes is how many extents and nodes of the map the next checkpoints change, of
+// which the cleaner moves that many at least.
+func (s *Store) changes(moves int64) uint64 {
+	return uint64(s.entries.Load() + s.opts.Trims() + max(moves, s.cleaner.moving.Load()+s.cleaner.nodes.Load()))
+}
+
+// mapBytes is the most that two checkpoints append of a map of so many nodes.
+func mapBytes(changes, nodes uint64) uint64 {
 	return 2 * extents.NodeSizeMax * min(2*changes, nodes+changes/128+2)
 }
 
 // Short tells whether so little room is left that what does not reserve any, such
-// as a trim, should wait for checkpoints. It may ask the host for space.
+// as a trim, must wait for checkpoints: what they append must fit beside what is
+// reserved. It may ask the host for space.
 func (s *Store) Short() bool {
 	free, warm := s.segments.room()
-	if free >= reserveSegments/2 && warm < reserveSegments/2 {
-		_ = s.segments.ensure(s.file, reserveSegments) // a host that is full leaves it short
+	want := s.unreserved()
+	if want <= uint64(free) && want > uint64(warm) {
+		_ = s.segments.ensure(s.file, uint32(want)+1) // a host that is full leaves it short
 		_, warm = s.segments.room()
 	}
-	return min(free, warm) < reserveSegments/2
+	return want > uint64(min(free, warm))
+}
+
+// unreserved is how many free segments the checkpoints of all that has changed so
+// far need beside what is reserved, with all but one of those that are kept for
+// commits: their own records take some, and what they set free is free two later.
+func (s *Store) unreserved() uint64 {
+	s.mu.RLock()
+	nodes := s.mu.root.Nodes
+	s.mu.RUnlock()
+	n := uint64(s.reserved.Load())
+	need := n*blockWorst + uint64(s.cleaner.claimed.Load()) + mapBytes(s.changes(0)+n, nodes)
+	return reserveSegments - 1 + (need+s.segments.usable()-1)/s.segments.usable()
 }
 
 // trimsPending is the number of blocks in pending trims, of which the next
