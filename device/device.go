@@ -154,8 +154,9 @@ type Device struct {
 	decoder *compression.Decoder
 	scratch *buffer.Pool // stored and decoded bytes of extents being read
 
-	owners atomic.Uint64 // of range locks; delalloc has number 1
-	room   struct {      // for trims
+	requests atomic.Uint64 // admitted so far
+	owners   atomic.Uint64 // of range locks; delalloc has number 1
+	room     struct {      // for trims
 		sync.Mutex           // one at a time forces checkpoints
 		failed     time.Time // guarded by it; when they made no room, zero if they did
 	}
@@ -262,7 +263,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	}
 	d.store.StartCleaning(store.CleanerOptions{
 		Recoder:    &recoder{d.decoder, compression.NewEncoder(), d.codec, behind},
-		Recompress: !o.NoRecompress, Period: o.CleanPeriod,
+		Recompress: !o.NoRecompress, Period: o.CleanPeriod, Requests: d.requests.Load,
 	})
 	return d, nil
 }
@@ -377,20 +378,21 @@ func (d *Device) Appended() (data, stored uint64) { return d.store.Appended() }
 // Err is the failure that has made the device read-only (promise P5), or nil.
 func (d *Device) Err() error { return d.store.Err() }
 
-// check refuses a range beyond the end.
-func (d *Device) check(off, n uint64) error {
+// admit refuses a range beyond the end, and counts the request.
+func (d *Device) admit(off, n uint64) error {
 	if size := d.Bytes(); off > size || n > size-off {
 		return ErrRange
 	}
+	d.requests.Add(1)
 	return nil
 }
 
-// checkWrite refuses what cannot be changed.
-func (d *Device) checkWrite(off, n uint64) error {
+// admitWrite is admit, and refuses what cannot be changed.
+func (d *Device) admitWrite(off, n uint64) error {
 	if d.opts.ReadOnly {
 		return ErrReadOnly
 	}
-	if err := d.check(off, n); err != nil {
+	if err := d.admit(off, n); err != nil {
 		return err
 	}
 	if err := d.store.Err(); err != nil {

@@ -958,3 +958,48 @@ func TestWriteGivesBack(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+// TestRequestsAreCounted: what clients ask for makes the background give way, and
+// what the server reads for itself does not.
+func TestRequestsAreCounted(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(40*block.Size, compression.Zstd))
+	d := open(t, f, smallOptions(t))
+	page := make([]byte, block.Size)
+	for _, x := range []struct {
+		name string
+		do   func() error
+		n    uint64
+	}{
+		{"write", func() error { _, err := d.WriteAt(page, 0); return err }, 1},
+		{"read", func() error { _, err := d.ReadAt(page, 0); return err }, 1},
+		{"trim", func() error { return d.Trim(t.Context(), 0, block.Size, false) }, 1},
+		{"zeroes", func() error { return d.WriteZeroes(t.Context(), 0, block.Size, false) }, 1},
+		{"block status", func() error { return d.Allocation(t.Context(), 0, block.Size, func(uint64, bool) bool { return true }) }, 1},
+		{"a read beyond the end", func() error {
+			if _, err := d.Read(t.Context(), d.Bytes(), 1); !errors.Is(err, ErrRange) {
+				return fmt.Errorf("answered with %v", err)
+			}
+			return nil
+		}, 0},
+		{"status", func() error { _, err := d.Status(t.Context()); return err }, 0},
+		{"scrub", func() error {
+			if err := d.StartScrub(0); err != nil {
+				return err
+			}
+			d.StopScrub()
+			return nil
+		}, 0},
+	} {
+		before := d.requests.Load()
+		if err := x.do(); err != nil {
+			t.Errorf("%s: %v", x.name, err)
+		}
+		if n := d.requests.Load() - before; n != x.n {
+			t.Errorf("%s counts as %d requests, want %d", x.name, n, x.n)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Error(err)
+	}
+}

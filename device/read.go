@@ -48,7 +48,7 @@ var zeroPage [block.Size]byte
 // Read returns the n bytes at off. Damaged blocks are EIO, and only for requests
 // that touch them.
 func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, error) {
-	if err := d.check(off, uint64(n)); err != nil {
+	if err := d.admit(off, uint64(n)); err != nil {
 		return nil, err
 	}
 	p := d.payloads.Get().(*Payload)

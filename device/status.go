@@ -51,7 +51,7 @@ type walk struct {
 //
 // It reads nodes of the map, and no data. It may block for another Allocation.
 func (d *Device) Allocation(ctx context.Context, off, n uint64, visit func(n uint64, hole bool) bool) error {
-	if err := d.check(off, n); err != nil {
+	if err := d.admit(off, n); err != nil {
 		return err
 	}
 	var w *walk
@@ -164,7 +164,7 @@ func (w *walk) flush() {
 // Prefetch reads the n bytes at off into the cache, as far as they fit into half
 // of it. It blocks until they are there.
 func (d *Device) Prefetch(ctx context.Context, off, n uint64) error {
-	if err := d.check(off, n); err != nil {
+	if err := d.admit(off, n); err != nil {
 		return err
 	}
 	select {

@@ -41,7 +41,7 @@ type edge struct {
 // Next hands out the memory.
 // An error that wraps syscall.ENOSPC says that there is none. n > 0.
 func (d *Device) PrepareWrite(ctx context.Context, off uint64, n uint32) (*Write, error) {
-	if err := d.checkWrite(off, uint64(n)); err != nil {
+	if err := d.admitWrite(off, uint64(n)); err != nil {
 		return nil, err
 	}
 	return d.prepare(ctx, off, uint64(n))
@@ -429,7 +429,7 @@ func (d *Device) rangesMax() int {
 // changed: on a host that is full there is not even room for what a checkpoint
 // would append of the map.
 func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
-	if err := d.checkWrite(off, n); err != nil {
+	if err := d.admitWrite(off, n); err != nil {
 		return err
 	}
 	if r := block.Within(off, n); !r.Empty() {
@@ -511,7 +511,7 @@ const roomRetry = time.Second
 // WriteZeroes makes [off, off+n) read as zeros: whole blocks become holes, and
 // the parts of blocks at the edges are written. It happens in one epoch.
 func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error {
-	if err := d.checkWrite(off, n); err != nil {
+	if err := d.admitWrite(off, n); err != nil {
 		return err
 	}
 	if n == 0 {

@@ -79,6 +79,11 @@ type CleanerOptions struct {
 	// Recompress has an idle device's data encoded anew where it gets smaller.
 	Recompress bool
 
+	// Requests counts what clients have asked for, reads too. While it goes up the
+	// work in the background gives way. It is called often, and must not block;
+	// nil: nobody asks for anything.
+	Requests func() uint64
+
 	// Period is how often the cleaner looks whether there is something to do.
 	// 0: it works only when a write needs space (see MakeRoom).
 	Period time.Duration
@@ -114,9 +119,12 @@ type cleaner struct {
 	overlay []extents.Extent // scratch
 
 	// Of the loop alone.
-	appended uint64 // records of clients at the last look
-	settled  uint64 // the same at the last checkpoint of an idle device
-	quiet    int    // looks since a client has appended something
+	appended  uint64        // records of clients at the last look
+	settled   uint64        // the same at the last checkpoint of an idle device
+	quiet     int           // looks since a client has appended something
+	requests  func() uint64 // CleanerOptions.Requests, never nil
+	requested uint64        // requests at the last look
+	asked     time.Time     // when they were last seen to go up
 
 	recompresses bool // if idle
 
@@ -140,7 +148,8 @@ type liveRecord struct {
 }
 
 func newCleaner(s *Store) *cleaner {
-	c := &cleaner{s: s, turn: make(chan struct{}, 1), quit: make(chan struct{}), futile: make(map[uint64]uint64), settled: math.MaxUint64}
+	c := &cleaner{s: s, turn: make(chan struct{}, 1), quit: make(chan struct{}), futile: make(map[uint64]uint64), settled: math.MaxUint64,
+		requests: func() uint64 { return 0 }}
 	c.evacuation.segments = make(map[uint32]bool)
 	return c
 }
@@ -168,6 +177,9 @@ func (s *Store) StartCleaning(o CleanerOptions) {
 	c := s.cleaner
 	c.recoder = o.Recoder
 	c.recompresses = o.Recompress && o.Recoder != nil
+	if o.Requests != nil {
+		c.requests = o.Requests
+	}
 	if o.Period > 0 {
 		c.done.Go(func() { c.loop(o.Period) })
 	}
@@ -852,9 +864,24 @@ func (c *cleaner) enter(sequence uint64) (entered block.Count, err error) {
 
 // The loop.
 
-// quietLooks is after how many looks with nothing appended by clients the device
-// is taken to be idle.
-const quietLooks = 3
+const (
+	// quietLooks is after how many looks with nothing appended by clients the
+	// device is taken to be idle.
+	quietLooks = 3
+
+	// inUseFor is for how long a device is taken to be in use after a request: its
+	// clients have hardly left for good.
+	inUseFor = time.Second
+
+	// What comes after a piece of work is a pause of so many times as long: on an
+	// idle device half of the time is worked; in the way of clients a fifth, for
+	// space that they may need soon; and for recompression, which nobody waits for,
+	// so little that it meets fewer than one request in twenty. Those it meets wait
+	// for a processor: its slice is some milliseconds, more than a read takes.
+	pauseIdle       = 1
+	pauseInUse      = 4
+	pauseRecompress = 31
+)
 
 func (c *cleaner) loop(period time.Duration) {
 	timer := time.NewTimer(period)
@@ -868,14 +895,11 @@ func (c *cleaner) loop(period time.Duration) {
 		select {
 		case c.turn <- struct{}{}:
 			began := time.Now()
-			worked, busy := c.work()
+			worked, pause := c.work()
 			<-c.turn
 			wait := period
 			if worked {
-				// In the way of clients a fifth of the time, else half of it.
-				if wait = time.Since(began); busy {
-					wait *= 4
-				}
+				wait = pause * time.Since(began)
 			}
 			timer.Reset(min(wait, 10*period))
 		default:
@@ -887,19 +911,31 @@ func (c *cleaner) loop(period time.Duration) {
 // appended counts the records of clients.
 func (s *Store) appended() uint64 { return s.metrics.dataRecords.Load() + s.metrics.holes.Load() }
 
+// inUse tells whether clients have asked for anything lately.
+func (c *cleaner) inUse() bool {
+	if n := c.requests(); n != c.requested {
+		c.requested, c.asked = n, time.Now()
+	}
+	return time.Since(c.asked) < inUseFor
+}
+
 // work does a piece of the background work. It reports whether there was any, and
-// whether clients are writing.
-func (c *cleaner) work() (worked, busy bool) {
+// how many times as long as it has taken is to pass until the next. REQUIRES: the turn.
+func (c *cleaner) work() (worked bool, pause time.Duration) {
 	s := c.s
 	if n := s.appended(); n != c.appended {
 		c.appended, c.quiet = n, 0
 	} else {
 		c.quiet++
 	}
-	busy = c.quiet < quietLooks
+	busy, used := c.quiet < quietLooks, c.inUse()
+	pause = pauseIdle
+	if busy || used {
+		pause = pauseInUse
+	}
 	// What is moved while a commit is pinned takes its space twice.
 	if c.stopping() || s.segments.holding() {
-		return false, busy
+		return false, pause
 	}
 	s.mu.RLock()
 	before, nodes := s.mu.replay, s.mu.root.Nodes
@@ -916,37 +952,40 @@ func (c *cleaner) work() (worked, busy bool) {
 	if garbage > allowed || low {
 		progress, err := c.clean(low)
 		if err != nil {
-			return false, busy // the store has failed, and said so
+			return false, pause // the store has failed, and said so
 		}
 		if progress {
 			// Nobody else may commit, and the log is not to grow without end.
 			if s.checkpointDue() {
-				return s.Checkpoint() == nil, busy
+				return s.Checkpoint() == nil, pause
 			}
-			return true, busy
+			return true, pause
 		}
 	}
 	if busy {
-		return false, true
+		return false, pause
 	}
 	// Recompression wants all of the map in the tree, and has room for itself.
 	if c.recompresses && !low && c.settled == c.appended {
 		worked, err := c.recompress()
 		if err != nil {
-			return false, false
+			return false, pause
 		}
 		if worked {
-			return !s.checkpointDue() || s.Checkpoint() == nil, false
+			if used { // not if the first request has just ended it
+				pause = pauseRecompress
+			}
+			return !s.checkpointDue() || s.Checkpoint() == nil, pause
 		}
 	}
 	// An idle device works off what the next checkpoints free.
 	c.settled = c.appended
 	if s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0 {
-		return s.Checkpoint() == nil, false
+		return s.Checkpoint() == nil, pause
 	}
 	// What the last checkpoint kept warm for work that has ended since.
 	if _, warm := s.segments.room(); warm > s.keepWarm(nodes) {
 		s.chill()
 	}
-	return false, false
+	return false, pause
 }

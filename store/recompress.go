@@ -5,6 +5,7 @@ import (
 	"math"
 	"math/bits"
 	"sync/atomic"
+	"time"
 
 	"cnbd/extents"
 	"cnbd/internal/block"
@@ -26,6 +27,10 @@ const (
 	// recompressParts is how many parts of a region, most of them holes, one turn
 	// looks at most.
 	recompressParts = 1024
+
+	// recompressBurst is how long a turn goes on on a device in use: what it appends
+	// fills up a block of the file each time, so not for a single extent either.
+	recompressBurst = 4 * time.Millisecond
 
 	// recompressGain is the least part of what an extent takes, as a divisor, that
 	// encoding it anew must save, unless it makes one extent of several.
@@ -124,6 +129,10 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	s := c.s
 	t := s.touched
 	c.hurry = false
+	began := time.Now()
+	enough := func() bool {
+		return c.stopping() || time.Since(began) >= recompressBurst && c.inUse()
+	}
 	view := s.View()
 	defer s.Unview(view)
 	s.mu.RLock()
@@ -139,7 +148,7 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	}
 	defer c.unclaim(worst, changes)
 	window := block.Index(max(s.geometry.ExtentBlocks, 1))
-	for n, looked := 0, uint64(0); n < recompressParts && looked < recompressBytes && !c.stopping(); n++ {
+	for n, looked := 0, uint64(0); n < recompressParts && looked < recompressBytes && !enough(); n++ {
 		if t.at >= t.end {
 			// What was noted before this has to be in the tree, or it would be
 			// skipped and forgotten.
@@ -180,7 +189,10 @@ func (c *cleaner) recompress() (worked bool, err error) {
 				}
 				s.opts.Warn("an extent is not recompressed", err)
 			}
-			list = list[n:]
+			if list = list[n:]; len(list) > 0 && enough() { // not before the first: each turn gets on
+				t.at = list[0].Start / window * window
+				break
+			}
 		}
 	}
 	_, err = c.enter(view.version)

@@ -50,7 +50,7 @@ func TestReplayedIsCounted(t *testing.T) {
 // recompresses all of it, although nothing is written any more.
 func TestRecompressedAfterKill(t *testing.T) {
 	const blocks = 512
-	c := scattered(t, blocks)
+	c := scattered(t, blocks, CleanerOptions{Recoder: quarter{}, Recompress: true})
 	must(t, c.Close())
 	c = openCommitted(t, c.file.(*disktest.Disk).Clone(), Options{})
 	c.StartCleaning(CleanerOptions{Recoder: quarter{}, Recompress: true})
