@@ -13,7 +13,8 @@ import "context"
 // A call must then return soon, or the connection cannot be given up; work that
 // has begun may complete all the same.
 type Backend interface {
-	// Size is the size in bytes. It is constant while the backend is served.
+	// Size is the size in bytes. While the backend is served it may grow: new
+	// connections are told so, and old ones may use what has been added.
 	Size() uint64
 
 	// ReadOnly tells that the backend refuses to be written, as it is when a

@@ -48,6 +48,7 @@ type conn struct {
 	in       receiver
 	started  int    // workers
 	inFlight int    // requests, when the last one was admitted
+	size     uint64 // of the export, as the client was told, or more
 	refused  bool   // an export, to the client
 	answered uint64 // mu.answered when active was last called
 
@@ -57,7 +58,6 @@ type conn struct {
 	export     *Export      // a copy, whose Backend is opened
 	using      *namedExport // nil until the handshake has ended well
 	allocation bool         // base:allocation was selected for it
-	size       uint64
 	flags      TransmissionFlags
 	readOnly   bool
 
@@ -333,7 +333,7 @@ func (c *conn) check(r *request) {
 		r.refuse(EOVERFLOW, "too long for one chunk")
 	case transfer && r.n > payloadMax:
 		r.refuse(EINVAL, "longer than the largest payload")
-	case r.off > c.size || r.n > c.size-r.off:
+	case !c.inside(r.off, r.n):
 		if r.cmd == CmdWrite || r.cmd == CmdWriteZeroes {
 			r.refuse(ENOSPC, "beyond the end of the export")
 		} else {
@@ -342,6 +342,15 @@ func (c *conn) check(r *request) {
 	case r.cmd == CmdBlockStatus && r.n == 0:
 		r.refuse(EINVAL, "BLOCK_STATUS of nothing") // the answer must have a run of one byte at least
 	}
+}
+
+// inside tells whether the export has the range. NBD cannot tell a client that it has
+// grown, but there are other ways, such as the kernel's netlink.
+func (c *conn) inside(off, n uint64) bool {
+	if off > c.size || n > c.size-off {
+		c.size = max(c.size, c.export.Backend.Size())
+	}
+	return off <= c.size && n <= c.size-off
 }
 
 // admit checks h and waits until there is room for it in flight. The error is

@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -238,6 +239,36 @@ func TestTrimWithoutRoom(t *testing.T) {
 	fails = fmt.Errorf("broken: %w", syscall.EIO)
 	if err := c.Trim(t.Context(), 0, 4096, false); !errors.Is(err, syscall.EIO) {
 		t.Errorf("EIO arrived as %v", err)
+	}
+}
+
+// growingDisk is a memDisk of which only the beginning is there at first.
+type growingDisk struct {
+	*memDisk
+	size atomic.Uint64
+}
+
+func (d *growingDisk) Size() uint64 { return d.size.Load() }
+
+// A client that has learnt elsewhere that the export has grown may use what was added.
+func TestGrownExport(t *testing.T) {
+	d := &growingDisk{memDisk: newMemDisk(1 << 20)}
+	d.size.Store(512 << 10)
+	c := serveDisk(t, d).dial("")
+	data := bytes.Repeat([]byte("grown"), 1000)
+	if err := c.WriteAt(t.Context(), data, 512<<10, false); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("beyond the end: %v", err)
+	}
+	d.size.Store(1 << 20)
+	if err := c.WriteAt(t.Context(), data, 512<<10, false); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, len(data))
+	if err := c.ReadAt(t.Context(), got, 512<<10); err != nil || !bytes.Equal(got, data) {
+		t.Errorf("what was added: %v, or what is read is wrong", err)
+	}
+	if err := c.ReadAt(t.Context(), got, 1<<20-1); !errors.Is(err, syscall.EINVAL) {
+		t.Errorf("across the new end: %v", err)
 	}
 }
 

@@ -30,6 +30,7 @@ type attachment struct {
 	timeout     time.Duration
 	deadTimeout time.Duration
 	wait        time.Duration // for the server to take the connections, and for the device to be ready
+	resize      bool          // of a device that is attached
 }
 
 func newAttach() *cobra.Command {
@@ -43,10 +44,12 @@ func newAttach() *cobra.Command {
 			"A filesystem or partition table is bound to the block size that it was made with: what was made with 4096\n" +
 			"can be used with 512 if it is not partitioned, but not the other way round.\n\n" +
 			"When the server goes away the device answers every request with an error, at once or after\n" +
-			"--dead-connection-timeout: unmount, detach, attach again." + exitHelp,
+			"--dead-connection-timeout: unmount, detach, attach again.\n\n" +
+			"When the device has become larger (cnbd resize), --resize tells the kernel, while it is in use." + exitHelp,
 		Example: "  modprobe nbd\n" +
 			"  cnbd attach /dev/nbd0 'nbd+unix:///?socket=disk.cnbd.sock'\n" +
 			"  mkfs.ext4 /dev/nbd0 && mount -o discard /dev/nbd0 /mnt\n" +
+			"  cnbd resize --size 200GiB disk.cnbd && cnbd attach --resize /dev/nbd0 'nbd+unix:///?socket=disk.cnbd.sock'\n" +
 			"  umount /mnt && cnbd detach /dev/nbd0",
 		Args: func(cmd *cobra.Command, args []string) error {
 			if len(args) != 2 {
@@ -70,6 +73,9 @@ func newAttach() *cobra.Command {
 			if err := a.validate(); err != nil {
 				return usage(err)
 			}
+			if a.resize {
+				return a.grow(cmd.Context(), cmd.OutOrStdout())
+			}
 			return a.attach(cmd.Context(), cmd.OutOrStdout())
 		},
 	}
@@ -79,6 +85,7 @@ func newAttach() *cobra.Command {
 	f.TextVar(&a.requestMax, "request-max", a.requestMax, "largest `SIZE` of a request")
 	f.DurationVar(&a.timeout, "timeout", 0, "whole seconds until a request that is not answered fails, and its connection with it (0: never)")
 	f.DurationVar(&a.deadTimeout, "dead-connection-timeout", 0, "whole seconds that requests wait for another connection when all are dead")
+	f.BoolVar(&a.resize, "resize", false, "DEVICE is attached, and the export has become larger: tell the kernel its size")
 	f.DurationVar(&a.wait, "wait", a.wait, "how long the server, and then the device, may take to be ready")
 	return cmd
 }
@@ -165,6 +172,39 @@ func (a *attachment) attach(ctx context.Context, stdout io.Writer) error {
 		return errors.Join(err, undo)
 	}
 	fmt.Fprintf(stdout, "%v: %v, %d connections\n", a.device, config.Size(c.Size), len(c.Sockets))
+	return nil
+}
+
+// grow gives the device, which is attached, the size that the export has by now.
+func (a *attachment) grow(ctx context.Context, stdout io.Writer) error {
+	if !a.device.Attached() {
+		return fmt.Errorf("%v: %w", a.device, nbdkernel.ErrNotAttached)
+	}
+	if to := a.device.Backend(); to != "" && to != a.uri {
+		return fmt.Errorf("%v is attached to %s", a.device, to)
+	}
+	n, f, err := negotiate(ctx, a.uri, a.wait)
+	if err != nil {
+		return err
+	}
+	f.Close()
+	was, err := a.device.Size()
+	switch {
+	case err != nil:
+		return err
+	case n.Size < was:
+		return fmt.Errorf("%v has %d bytes and the export has %d: a device in use only grows", a.device, was, n.Size)
+	case n.Size > was:
+		if err := nbdkernel.Resize(a.device, n.Size); err != nil {
+			return err
+		}
+		ctx, cancel := context.WithTimeout(ctx, a.wait)
+		defer cancel()
+		if err := a.device.WaitReady(ctx, n.Size); err != nil {
+			return err
+		}
+	}
+	fmt.Fprintf(stdout, "%v: %v, was %v\n", a.device, config.Size(n.Size), config.Size(was))
 	return nil
 }
 

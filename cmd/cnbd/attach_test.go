@@ -31,6 +31,7 @@ func TestAttachRefused(t *testing.T) {
 		{[]string{"attach", "--timeout=1500ms", device, s.uri}, exitUsage, "--timeout: whole seconds"},
 		{[]string{"attach", "--dead-connection-timeout=-1s", device, s.uri}, exitUsage, "--dead-connection-timeout: whole seconds"},
 		{[]string{"attach", "--connections=65", device, s.uri}, exitUsage, "--connections: a number from 0 to 64"},
+		{[]string{"attach", "--resize", device, s.uri}, exitFailed, device + ": nothing is attached"},
 		{[]string{"attach", device, uri("another")}, exitFailed, `export "another"`},
 		{[]string{"attach", device, "nbd+unix:///?socket=/nowhere/at/all"}, exitFailed, "no such file"},
 		{[]string{"attach", "--block-size=4K", device, odd.uri}, exitFailed, "no multiple of a block size of 4096"},

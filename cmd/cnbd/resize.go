@@ -25,7 +25,8 @@ func newResize() *cobra.Command {
 		Short: "Make a device larger or smaller",
 		Long: "Give the device in BACKING another size.\n\n" +
 			"It grows also while it is served, at once for clients that connect from then on; NBD has no way to\n" +
-			"tell the others, which keep the old size until they connect again (nbd-client -d, and nbd-client).\n" +
+			"tell the others. A device of the kernel is told by cnbd attach --resize; who else is connected keeps\n" +
+			"the old size until it connects again.\n" +
 			"It shrinks only when it is not served, and only if nothing is stored beyond its new end: shrink the\n" +
 			"filesystem and trim first. --force drops what is there.\n\n" +
 			"--capacity is what the store may take of its backing. By default it grows with the size where it was\n" +
@@ -194,7 +195,7 @@ func printResize(w io.Writer, path string, r *resizeReport) error {
 		fmt.Fprintf(w, "thinly provisioned: data that does not compress would need a capacity of %s\n", human(r.Full))
 	}
 	if r.Served && r.Size != r.OldSize {
-		fmt.Fprintln(w, "clients that are connected keep the old size until they connect again")
+		fmt.Fprintln(w, "clients that are connected keep the old size until they connect again; tell the kernel by cnbd attach --resize")
 	}
 	return nil
 }

@@ -60,6 +60,7 @@ func TestResize(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	block(old, last, data) // as the kernel's client does when it is told
 	s.kill()
 	if st := status(); st.DeviceSize != 128<<20 || st.Capacity != fully+128<<20*9/8 {
 		t.Errorf("after a kill: %d bytes, capacity %d, want %d", st.DeviceSize, st.Capacity, fully+128<<20*9/8)

@@ -29,8 +29,9 @@ const (
 	family  = "nbd"
 	version = 1
 
-	cmdConnect    = 1
-	cmdDisconnect = 2
+	cmdConnect     = 1
+	cmdDisconnect  = 2
+	cmdReconfigure = 3
 
 	attrIndex           = 1
 	attrSize            = 2 // bytes
@@ -141,6 +142,28 @@ func (c *Config) attributes(d Device) *netlink.AttributeEncoder {
 	return e
 }
 
+// Resize tells the kernel that the export of d has another size by now, in bytes, a
+// multiple of its block size. What the device was attached to is [Device.Backend].
+// Requests go on meanwhile. It takes a device that was attached by netlink.
+func Resize(d Device, size uint64) error {
+	if err := execute(cmdReconfigure, sizeAttributes(d, size, d.Backend())); err != nil {
+		return fmt.Errorf("resize %v: %w", d, err)
+	}
+	return nil
+}
+
+// sizeAttributes are those of the message that resizes d. The kernel compares backend
+// with what it was given, if it was.
+func sizeAttributes(d Device, size uint64, backend string) *netlink.AttributeEncoder {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d))
+	e.Uint64(attrSize, size)
+	if backend != "" {
+		e.String(attrBackend, backend)
+	}
+	return e
+}
+
 // disconnect tells the server good-bye and fails what is waiting.
 func disconnect(d Device) error {
 	e := netlink.NewAttributeEncoder()
@@ -177,6 +200,16 @@ func execute(cmd uint8, e *netlink.AttributeEncoder) error {
 	return err
 }
 
+// Size is the size of the device in bytes, 0 if nothing is attached.
+func (d Device) Size() (uint64, error) {
+	b, err := os.ReadFile(d.sysfs("size"))
+	if err != nil {
+		return 0, err
+	}
+	n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64) // sectors of 512 bytes
+	return n * 512, err
+}
+
 // WaitReady waits until the attached device shows its size and the first block
 // can be read.
 func (d Device) WaitReady(ctx context.Context, size uint64) error {
@@ -194,12 +227,12 @@ func (d Device) WaitReady(ctx context.Context, size uint64) error {
 }
 
 func (d Device) ready(size uint64) error {
-	b, err := os.ReadFile(d.sysfs("size"))
+	n, err := d.Size()
 	if err != nil {
 		return err
 	}
-	if n, err := strconv.ParseUint(strings.TrimSpace(string(b)), 10, 64); err != nil || n != size/512 {
-		return fmt.Errorf("it has %s sectors of 512 bytes, not %d", strings.TrimSpace(string(b)), size/512)
+	if n != size {
+		return fmt.Errorf("it has %d bytes, not %d", n, size)
 	}
 	f, err := os.Open(d.String())
 	if err != nil {
