@@ -385,7 +385,13 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	}
 	l := s.log
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	lost := false
+	defer func() {
+		l.mu.Unlock()
+		if lost {
+			s.warnPinLost() // which may block
+		}
+	}()
 	if l.idleLocked() && !s.snapshot.Load() {
 		return c, false, nil
 	}
@@ -401,7 +407,7 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	few := free < 2*reserveSegments
 	short := (few || warm < reserveSegments) && l.mu.head.serial > l.mu.snapshot
 	if short && few {
-		s.givePinsUp()
+		lost = s.segments.giveUp()
 	}
 	if s.snapshot.Load() || short || s.dueLocked() {
 		c.snap = s.takeSnapshot(c.Epoch)
