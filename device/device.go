@@ -514,6 +514,7 @@ type Status struct {
 	Recovery  store.Recovery    `json:"recovery"`
 	Cache     pagecache.Metrics `json:"cache"`
 	Writeback delalloc.Metrics  `json:"writeback"`
+	Queue     asyncq.Metrics    `json:"queue"` // of the writeback
 	Reads     ReadMetrics       `json:"reads"`
 }
 
@@ -566,7 +567,7 @@ func (d *Device) Look() (Status, error) {
 		},
 	}
 	if d.back != nil {
-		st.Writeback = d.back.Metrics()
+		st.Writeback, st.Queue = d.back.Metrics(), d.queue.Metrics()
 	}
 	return st, nil
 }
