@@ -376,6 +376,17 @@ type Commit struct {
 	snap    *snapshot
 }
 
+// DurableEpoch is the number of the newest commit that is durable, after Close as
+// well. It does not block.
+func (s *Store) DurableEpoch() uint64 {
+	if s.log == nil {
+		return s.recovery.Epoch
+	}
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	return s.log.mu.durable
+}
+
 // AppendCommit closes the current epoch. Sync makes it durable. An epoch without
 // a record needs none: ok is false, and everything before is durable already.
 // REQUIRES: the Sync of the commit before has returned.
