@@ -235,3 +235,65 @@ func TestTornPadding(t *testing.T) {
 		}
 	}
 }
+
+// TestStatsHoldNothing: while it looks up what it does not know, Stats keeps no
+// segment from being free but for one look-up, and a checkpoint that overtakes it does
+// not falsify what it tells.
+func TestStatsHoldNothing(t *testing.T) {
+	const far = 1 << 20 // in another leaf of the map
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(2*far, 60)))
+	c := openCommitted(t, d, Options{})
+	must(t, c.blob(0, 32, ^uint32(0)))
+	must(t, c.blob(far, 32, ^uint32(0)))
+	must(t, c.Checkpoint())
+	must(t, c.Close())
+	d = d.Clone()
+	c = openCommitted(t, d, Options{MapCacheBytes: 1}) // each look-up reads
+	must(t, c.hole(block.Span(3, 1)))
+	must(t, c.hole(block.Span(far+3, 2)))
+	must(t, c.commit())
+
+	reads, reading, proceed, held := 0, make(chan struct{}), make(chan struct{}), 0
+	var newest uint64
+	hook := func(o disktest.Op) {
+		if o.Kind != disktest.Read {
+			return
+		}
+		if reads++; reads == 1 {
+			close(reading)
+			<-proceed
+			return
+		}
+		c.segments.mu.RLock()
+		defer c.segments.mu.RUnlock()
+		if c.segments.oldestPinLocked() < newest {
+			held++
+		}
+	}
+	d.SetHook(hook)
+	var st Stats
+	stats := make(chan error, 1)
+	go func() {
+		var err error
+		st, err = c.Stats()
+		stats <- err
+	}()
+	<-reading
+	d.SetHook(nil)
+	within(t, "checkpoint", c.Checkpoint)
+	c.mu.Lock()
+	newest = c.Store.mu.sequence
+	c.mu.Unlock()
+	must(t, c.hole(block.Span(far+9, 4)))
+	d.SetHook(hook)
+	close(proceed)
+	within(t, "stats", func() error { return <-stats })
+	if held > 0 {
+		t.Error("an old checkpoint is held beyond one look-up")
+	}
+	if st.DataBytes != (64-1-2-4)*block.Size || st.Checkpoint != newest {
+		t.Errorf("%d bytes of data at checkpoint %d, want %d at %d", st.DataBytes, st.Checkpoint, (64-1-2-4)*block.Size, newest)
+	}
+	must(t, c.Close())
+}

@@ -77,33 +77,39 @@ func (s *Store) Appended() (data, stored uint64) {
 
 // Stats gathers the sizes. What the newest checkpoint does not have yet is looked
 // up, which may read a node of the map for each extent of it: call Checkpoint before,
-// on a store in use. Appends go on meanwhile.
+// on a store in use. Appends go on meanwhile, and nothing is kept from being free for
+// longer than one look-up takes.
 func (s *Store) Stats() (Stats, error) {
 	var st Stats
-	view := s.View()
-	defer s.Unview(view)
 	durable := s.Durable() // whose mutex is not taken under s.mu
 	var refs, bytes uint64
 	var used uint64
-	var open *extents.Overlay
-	s.mu.Lock() // not for reading alone: see Overlay.Clone
-	s.segments.visit(func(_ uint32, g segment) {
-		refs += g.refs
-		bytes += g.bytes
-		used++
-	})
-	// Where a merge is running, the accounting is already that of its result.
-	if s.mu.merging == nil {
-		open = s.mu.open.Clone()
-	}
-	root, nodes := s.mu.root, s.mu.nodes
-	st.GarbageBytes, _ = s.segments.garbage(s.mu.replay)
-	st.DurableEpoch, st.Checkpoint = durable, s.mu.sequence
-	st.PendingTrims = s.mu.trims.Blocks().Bytes()
-	s.mu.Unlock()
-	blocks, stored, err := s.overlayEffect(open, root)
-	if err != nil {
-		return st, err
+	var nodes nodeTotals
+	var root extents.Root
+	var blocks, stored int64
+	for ok := false; !ok; {
+		var open *extents.Overlay
+		refs, bytes, used = 0, 0, 0
+		s.mu.Lock() // not for reading alone: see Overlay.Clone
+		s.segments.visit(func(_ uint32, g segment) {
+			refs += g.refs
+			bytes += g.bytes
+			used++
+		})
+		// Where a merge is running, the accounting is already that of its result.
+		if s.mu.merging == nil {
+			open = s.mu.open.Clone()
+		}
+		root, nodes = s.mu.root, s.mu.nodes
+		st.GarbageBytes, _ = s.segments.garbage(s.mu.replay)
+		st.DurableEpoch, st.Checkpoint = durable, s.mu.sequence
+		st.PendingTrims = s.mu.trims.Blocks().Bytes()
+		s.mu.Unlock()
+		// A checkpoint that ends meanwhile leaves less to look up for the next time.
+		var err error
+		if blocks, stored, ok, err = s.overlayEffect(open, root, st.Checkpoint); err != nil {
+			return st, err
+		}
 	}
 	tree := s.tree.Metrics()
 	st.NodesRead, st.MapCacheBytes = tree.NodesRead, tree.CacheBytes
@@ -136,15 +142,23 @@ func (s *Store) Stats() (Stats, error) {
 }
 
 // overlayEffect is how much data and stored bytes open, which may be nil, adds to
-// what the tree of that root has. REQUIRES: a View of that root, or an older one.
-func (s *Store) overlayEffect(open *extents.Overlay, root extents.Root) (blocks, stored int64, err error) {
+// what the tree of that root, of the checkpoint sequence, has. ok is false if there
+// is a newer checkpoint. Each look-up has a View of its own, for writes that are
+// short of space wait for the oldest.
+func (s *Store) overlayEffect(open *extents.Overlay, root extents.Root, sequence uint64) (blocks, stored int64, ok bool, err error) {
 	if open == nil {
-		return 0, 0, nil
+		return 0, 0, true, nil
 	}
+	ok = true
 	open.Ascend(0, func(e extents.Extent) bool {
 		if e.Kind == extents.Data {
 			blocks += int64(e.Count)
 			stored += int64(e.LiveBytes())
+		}
+		view := s.View()
+		defer s.Unview(view)
+		if ok = view.version == sequence; !ok {
+			return false
 		}
 		err = s.tree.Lookup(root, e.Range(), func(old extents.Extent) error {
 			if old.Kind == extents.Data {
@@ -158,5 +172,5 @@ func (s *Store) overlayEffect(open *extents.Overlay, root extents.Root) (blocks,
 	if err != nil {
 		err = fmt.Errorf("store: stats: %w", err)
 	}
-	return blocks, stored, err
+	return blocks, stored, ok, err
 }
