@@ -62,8 +62,9 @@ bench: ## the benchmarks beside the code (BENCH=regexp to choose)
 bench-compare: ## those of revision BASE beside those of the working tree, by benchstat (BENCH, PACKAGES, COUNT)
 	@GO='$(GO)' BASE='$(BASE)' BENCH='$(BENCH)' PACKAGES='$(PACKAGES)' COUNT='$(COUNT)' bench/compare.sh
 
-bench-peers: setup build ## cnbd beside nbdkit and qemu-nbd (IMAGE, ROUNDS, DIR; see bench/README.md)
-	@bench/peers.py --cnbd bin/cnbd
+bench-peers: build ## cnbd beside nbdkit, qemu-nbd and Btrfs (root; ARGS, see bench/README.md)
+	@bench/setup.sh
+	@bench/peers.py --cnbd bin/cnbd $(ARGS)
 
 cover: ## test coverage of each function, all packages together
 	@mkdir -p build

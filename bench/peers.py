@@ -1,299 +1,190 @@
-#!/usr/bin/env python3
-"""Measures cnbd beside nbdkit and qemu-nbd, with nbdcopy as the client of all.
+#!/usr/bin/python3
+"""Measures cnbd beside nbdkit, qemu-nbd and Btrfs, on real data of this machine.
 
-A disk image with a real filesystem is written in through NBD and flushed, the
-server is stopped, started again, and the image is read out twice: cold and warm.
-The servers take turns, in every round in another order, so that what else the
-machine does hits all alike; what counts are the ratios within a round.
-
-The result is a table in Markdown on standard output. See README.md.
+In every round each server goes through the same life, in another order each time:
+what counts are the ratios within a round. Everything measured is written to a
+result file; tables and what cnbd is to reach are made from it. See README.md.
 """
 
 import argparse
+import contextlib
+import datetime
+import json
 import os
-import platform
 import random
 import shlex
 import shutil
 import signal
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 
+import report
+import servers
+from datasets import MAKERS, Dataset
+from machine import GIB, MIB, Failed, busy, description, filesystem, kernel_cpu, run
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
-MIB, GIB = 1 << 20, 1 << 30
-BASE = "nbdkit file"  # the server that ratios are against
-STEPS = ("write", "cold", "warm")
+BEGIN, END = "<!-- tables begin -->", "<!-- tables end -->"
 
 
-class Server:
-    """A server of one file on a unix socket."""
-
-    def __init__(self, name, argv, suffix="", make=None):
-        self.name = name
-        self.argv = argv  # with {file}, {socket} and {size}
-        self.suffix = suffix  # of the file
-        self.make = make  # makes the file with the image in it: a read peer
-        self.results = []  # of each round, a dict
-
-    def command(self, **places):
-        return [word.format(**places) for word in self.argv]
-
-
-def servers(cnbd):
-    """Those to measure. The machine must have their programs."""
-
-    def ours(codec):
-        return Server(
-            f"cnbd {codec}",
-            [cnbd, "serve", "--size", "{size}", "--codec", codec, "--listen", "unix:{socket}", "{file}"],
-        )
-
-    def qcow2(image, file):
-        run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", "compression_type=zstd", image, file)
-
-    return [
-        ours("auto"),
-        ours("s2"),
-        ours("none"),
-        Server(BASE, ["nbdkit", "--foreground", "--unix", "{socket}", "file", "{file}"]),
-        Server("qemu-nbd raw", ["qemu-nbd", "--persistent", "--shared=16", "--format=raw", "--socket={socket}", "{file}"]),
-        Server(
-            "qemu-nbd qcow2, zstd",
-            ["qemu-nbd", "--persistent", "--shared=16", "--read-only", "--format=qcow2", "--socket={socket}", "{file}"],
-            suffix=".qcow2",
-            make=qcow2,
-        ),
-    ]
+def options():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="little data, one round: to see that everything works; its figures say nothing")
+    parser.add_argument("--dir", default=os.environ.get("DIR", os.path.join(ROOT, "build")), help="the disk that is measured (default: $DIR, or build)")
+    parser.add_argument("--rounds", type=int, help="how often (default 3)")
+    parser.add_argument("--size", type=int, help="MiB of the root image (default 1536); the other sets have a third")
+    parser.add_argument("--seconds", type=float, help="for each random workload (default 5)")
+    parser.add_argument("--pairs", type=int, help="of a write and a FLUSH (default 3000)")
+    parser.add_argument("--idle", type=float, help="seconds of idle time after the storm (default 60)")
+    parser.add_argument("--idle-max", type=float, help="most seconds to wait until a store changes no more (default 600)")
+    parser.add_argument("--servers", help="names, or parts of them, with commas between (default: all)")
+    parser.add_argument("--groups", help="of workloads, with commas between (default: all): " + "; ".join(f"{k}: {v}" for k, v in groups().items()))
+    parser.add_argument("--cnbd", help="the program (default: bin/cnbd, which is built)")
+    parser.add_argument("--out", default=os.path.join(ROOT, "build", "peers.json"), help="the result file (default build/peers.json)")
+    parser.add_argument("--report", metavar="FILE", help="measure nothing, make the tables of a result file")
+    parser.add_argument("--docs", metavar="FILE", help="put the tables between the marks in FILE instead of printing them")
+    args = parser.parse_args()
+    defaults = {"rounds": 3, "size": 1536, "seconds": 5, "pairs": 3000, "idle": 60, "idle_max": 600}
+    if args.quick:
+        defaults = {"rounds": 1, "size": 64, "seconds": 0.2, "pairs": 200, "idle": 1, "idle_max": 2}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    return args
 
 
-def run(*argv):
-    """Runs a program that must succeed, and returns what it prints."""
-    p = subprocess.run(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False)
-    if p.returncode != 0:
-        sys.exit(f"{shlex.join(argv)}: status {p.returncode}\n{p.stdout}{p.stderr}")
-    return p.stdout
+def groups():
+    """Those of the workloads; without their module where libnbd's binding is missing."""
+    try:
+        from workloads import GROUPS
+    except ImportError as e:
+        sys.exit(f"{e}: bench/setup.sh installs it, for Debian's own python3")
+    return GROUPS
 
 
-class Running:
-    """A server that runs, as a context."""
-
-    def __init__(self, argv, socket, log):
-        self.argv, self.socket, self.log = argv, socket, log
-
-    def __enter__(self):
-        if os.path.exists(self.socket):
-            os.unlink(self.socket)
-        with open(self.log, "wb") as log:
-            self.process = subprocess.Popen(self.argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        # It answers when nbdinfo is content.
-        uri = self.uri = "nbd+unix:///?socket=" + self.socket
-        for _ in range(600):
-            if self.process.poll() is not None:
-                break
-            if os.path.exists(self.socket) and subprocess.run(["nbdinfo", "--size", uri], capture_output=True, check=False).returncode == 0:
-                return self
-            time.sleep(0.05)
-        self.stop()
-        with open(self.log, encoding="utf-8", errors="replace") as log:
-            sys.exit(f"{shlex.join(self.argv)}: does not serve\n{log.read()}")
-
-    def __exit__(self, *_):
-        self.stop()
-
-    def stop(self):
-        if self.process.poll() is None:
-            self.process.send_signal(signal.SIGTERM)
-            self.process.wait(timeout=300)
-
-    def cpu(self):
-        """Seconds of all processors that it has used, user and system."""
-        with open(f"/proc/{self.process.pid}/stat", encoding="ascii") as f:
-            fields = f.read().rsplit(")", 1)[1].split()
-        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-    def peak(self):
-        """Most bytes that were resident."""
-        with open(f"/proc/{self.process.pid}/status", encoding="ascii") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("VmHWM:"))
-
-    def timed(self, *argv):
-        """Runs a client: seconds, and processor seconds of the server."""
-        cpu, began = self.cpu(), time.monotonic()
-        run(*argv)
-        return time.monotonic() - began, self.cpu() - cpu
+def check(args, need):
+    """That everything is there before anything is made."""
+    missing = [t for t in ("fio", "nbdcopy", "nbdkit", "qemu-nbd", "qemu-img", "mkfs.ext4", "mkfs.btrfs", "btrfs", "losetup") if not shutil.which(t)]
+    if missing:
+        sys.exit("missing: " + ", ".join(missing) + " (bench/setup.sh installs them)")
+    if os.geteuid() != 0:
+        sys.exit("only root can mount Btrfs, limit memory, and drop the host's caches")
+    free = shutil.disk_usage(args.dir).free
+    if free < need:
+        sys.exit(f"{args.dir}: {free / GIB:.1f} GiB are free, {need / GIB:.1f} are needed (--size makes it less)")
 
 
-def allocated(path):
-    """Bytes that a file takes of its filesystem."""
-    return os.stat(path).st_blocks * 512
+def choose(args, cnbd):
+    chosen = servers.all_servers(cnbd)
+    if args.servers:
+        words = args.servers.split(",")
+        chosen = [s for s in chosen if any(w == s.name or (w in s.name and w not in [x.name for x in chosen]) for w in words)]
+    if not chosen:
+        sys.exit("no such server: " + args.servers)
+    return chosen
 
 
-def drop_cache(path):
-    """Has the next read of the file come from its disk, as far as it can."""
-    os.sync()
-    with open(path, "rb") as f:
-        os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    if os.geteuid() == 0:
-        with open("/proc/sys/vm/drop_caches", "w", encoding="ascii") as f:
-            f.write("1\n")
+def progress(text):
+    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
-def warm(path):
-    """Has the file in the page cache."""
-    with open(path, "rb", buffering=0) as f:
-        while f.read(1 << 20):
-            pass
+def round_of(n, args, chosen, sets, directory):
+    """One round: floors of the disk, and the life of each server."""
+    from workloads import Life, floors
 
-
-def measure(server, image, directory):
-    """One round of one server."""
-    file = os.path.join(directory, "disk" + server.suffix)
-    socket, log = os.path.join(directory, "socket"), os.path.join(directory, "log")
-    size = os.path.getsize(image)
-    argv = server.command(file=file, socket=socket, size=size)
-    r = {}
-    if os.path.exists(file):
-        os.unlink(file)
-    if server.make:
-        server.make(image, file)
-    else:
-        if not server.name.startswith("cnbd"):
-            with open(file, "wb") as f:
-                f.truncate(size)
-        warm(image)
-        os.sync()  # what was left of the one before
-        with Running(argv, socket, log) as s:
-            r["write"], r["write cpu"] = s.timed("nbdcopy", "--flush", image, s.uri)
-            r["write peak"] = s.peak()
-    r["stored"] = allocated(file)
-    drop_cache(file)
-    with Running(argv, socket, log) as s:
-        for step in ("cold", "warm"):
-            r[step], r[step + " cpu"] = s.timed("nbdcopy", "--no-extents", s.uri, "null:")
-        r["read peak"] = s.peak()
-    server.results.append(r)
-    os.unlink(file)
-
-
-def make_image(path, size, want):
-    """Makes an ext4 filesystem with the Go toolchain and files of /usr."""
-    tree = path + ".tree"
-    total = 0
-    for i, top in enumerate((run("go", "env", "GOROOT").strip(), "/usr")):
-        for directory, subdirectories, files in os.walk(top):
-            subdirectories.sort()
-            to = os.path.join(tree, str(i), os.path.relpath(directory, top))
-            os.makedirs(to, exist_ok=True)
-            for name in sorted(files):
-                source = os.path.join(directory, name)
-                if total >= want or os.path.islink(source) or not os.path.isfile(source):
-                    continue
-                try:
-                    if os.path.getsize(source) > size // 8:
-                        continue
-                    total += os.path.getsize(source)
-                    shutil.copyfile(source, os.path.join(to, name))
-                except OSError:
-                    pass  # not to be read
-    run("mkfs.ext4", "-q", "-F", "-d", tree, path, f"{size >> 10}k")
-    shutil.rmtree(tree)
-
-
-def spread(values, form):
-    """Median, and least to most."""
-    values = list(values)
-    return f"{form % statistics.median(values)} ({form % min(values)}–{form % max(values)})"
-
-
-def table(head, rows):
-    """Prints a table in Markdown."""
-    for row in [head, ["---"] * len(head)] + rows:
-        print("| " + " | ".join(row) + " |")
-    print()
-
-
-def report(all_servers, image, conditions):
-    """Prints what was measured."""
-    base = next(s for s in all_servers if s.name == BASE).results
-    size, data = os.path.getsize(image), allocated(image)
-    amount = {"write": data, "cold": size, "warm": size}
-    speeds, costs = [], []
-    for s in all_servers:
-        speed, cost = [s.name], [s.name]
-        for step in STEPS:
-            if step in s.results[0]:
-                speed.append(spread((amount[step] / MIB / r[step] for r in s.results), "%.0f"))
-                speed.append(spread((b[step] / r[step] for r, b in zip(s.results, base)), "%.2f"))
-                cost.append("%.2f" % statistics.median(r[step + " cpu"] * GIB / amount[step] for r in s.results))
-            else:
-                speed += ["–", "–"]
-                cost.append("–")
-        cost.append("%.0f" % (max(max(r.get("write peak", 0), r["read peak"]) for r in s.results) / MIB))
-        stored = statistics.median(r["stored"] for r in s.results)
-        cost += ["%.0f" % (stored / MIB), "%.2f" % (data / stored)]
-        speeds.append(speed)
-        costs.append(cost)
-    table(["server", "write MiB/s", "× nbdkit", "cold read MiB/s", "× nbdkit", "warm read MiB/s", "× nbdkit"], speeds)
-    table(["server", "write CPU s/GiB", "cold CPU s/GiB", "warm CPU s/GiB", "peak MiB", "stored MiB", "data : stored"], costs)
-    print(f"Image of {size / MIB:.0f} MiB with {data / MIB:.0f} MiB of data; {len(base)} rounds: median (least–most). " + " ".join(conditions))
-
-
-def filesystem(path):
-    """The type of the filesystem that path is on."""
-    return run("df", "--output=fstype", path).split()[-1]
-
-
-def processor():
-    """Its name."""
-    with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
-        return next((line.split(":", 1)[1].strip() for line in f if line.startswith("model name")), platform.machine())
+    args.seed = n + 1
+    result = {"load": os.getloadavg()[0], "servers": {}}
+    began, (spent, stolen), own, kernel = time.monotonic(), busy(), os.times(), kernel_cpu()
+    result["floors"] = floors(directory, sets["root"], args)
+    order = chosen[:]
+    random.Random(args.seed).shuffle(order)
+    for s in order:
+        progress(f"round {n + 1} of {args.rounds}: {s.name}")
+        result["servers"][s.name] = Life(s, sets, directory, args).run()
+        for name, figures in result["servers"][s.name].items():
+            if "error" in figures:
+                progress(f"  {name}: {figures['error'].splitlines()[-1]}")
+    # Ours are this process and its children, and the kernel's threads.
+    spent2, stolen2 = busy()
+    now = os.times()
+    ours = sum(now[:4]) - sum(own[:4]) + kernel_cpu() - kernel
+    total = (time.monotonic() - began) * len(os.sched_getaffinity(0))
+    result |= {"seconds": time.monotonic() - began, "others": max(0, spent2 - spent - ours) / total, "stolen": (stolen2 - stolen) / total}
+    return result
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--image", default=os.environ.get("IMAGE"), help="disk image to copy, a file (default: $IMAGE, or one that is made)")
-    parser.add_argument("--rounds", type=int, default=int(os.environ.get("ROUNDS", "3")), help="how often (default: $ROUNDS, or 3)")
-    parser.add_argument("--dir", default=os.environ.get("DIR", os.path.join(ROOT, "build")), help="where stores are made: the disk that is measured (default: $DIR, or build)")
-    parser.add_argument("--cnbd", help="the program (default: bin/cnbd, which is built)")
-    parser.add_argument("--only", help="servers whose name has this, and nbdkit")
-    args = parser.parse_args()
-
-    missing = [t for t in ("nbdcopy", "nbdinfo", "nbdkit", "qemu-nbd", "qemu-img", "mkfs.ext4") if not shutil.which(t)]
-    if missing:
-        sys.exit("missing: " + ", ".join(missing) + " (make setup installs them)")
-    cnbd = args.cnbd
+    args = options()
+    if args.report:
+        with open(args.report, encoding="utf-8") as f:
+            return show(args, json.load(f))
+    args.groups = args.groups.split(",") if args.groups else list(groups())
+    unknown = [g for g in args.groups if g not in groups()]
+    if unknown:
+        sys.exit("no such group: " + ", ".join(unknown))
+    size = args.size * MIB
+    # In bytes. A sixth of the data, as far as a server has room to run in it.
+    args.limit, args.region = max(192 * MIB, size // 6), min(128 * MIB, size // 2)
+    os.makedirs(args.dir, exist_ok=True)
+    check(args, 6 * size + 2 * GIB)
+    cnbd = args.cnbd and os.path.abspath(args.cnbd)
     if not cnbd:
         run("make", "-C", ROOT, "build")
-        cnbd = os.path.join(ROOT, "bin/cnbd")
+        cnbd = os.path.join(ROOT, "bin", "cnbd")
+    chosen = choose(args, cnbd)
 
-    os.makedirs(args.dir, exist_ok=True)
-    directory = tempfile.mkdtemp(prefix="bench-", dir=args.dir)
-    try:
-        image = args.image
-        if not image:
-            image = os.path.join(directory, "image")
-            make_image(image, 2 * GIB, 1200 * MIB)
-        chosen = [s for s in servers(cnbd) if not args.only or args.only in s.name or s.name == BASE]
-        load = os.getloadavg()[0]
+    # Ctrl-C and SIGTERM end it in good order, and nothing disturbs the end.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with contextlib.ExitStack() as cleanups:
+        directory = tempfile.mkdtemp(prefix="bench-", dir=os.path.abspath(args.dir))
+        cleanups.callback(shutil.rmtree, directory)
+        os.chmod(directory, 0o711)  # PostgreSQL runs as another user
+        for s in chosen:
+            cleanups.callback(s.remove)
+        cleanups.callback(lambda: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)])
+
+        sets = {}
+        for name in MAKERS:
+            if name == "root" or "data" in args.groups:
+                progress(f"data: {name}")
+                sets[name] = Dataset(name, os.path.join(directory, name), size if name == "root" else size // 3 // MIB * MIB)
+        saved = {
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
+            "command": shlex.join([os.path.relpath(__file__, ROOT)] + sys.argv[1:]),
+            "machine": description() | {"filesystem": filesystem(directory)},
+            "versions": [run(cnbd, "version").splitlines()[0], run("nbdkit", "--version").strip(), run("qemu-nbd", "--version").splitlines()[0], run("fio", "--version").strip(), "libnbd " + run("nbdcopy", "--version").split()[1]],
+            "options": {k: v for k, v in vars(args).items() if k in ("quick", "size", "seconds", "pairs", "idle", "idle_max", "groups", "limit", "region")},
+            "sets": {name: {"size": s.size, "data": s.data} for name, s in sets.items()},
+            "servers": [s.name for s in chosen],
+            "rounds": [],
+        }
         for n in range(args.rounds):
-            order = chosen[:]
-            random.shuffle(order)
-            for s in order:
-                print(f"round {n + 1} of {args.rounds}: {s.name}", file=sys.stderr)
-                measure(s, image, directory)
-        report(chosen, image, [
-            f"{processor()}, {len(os.sched_getaffinity(0))} processors, Linux {platform.release()}, {filesystem(directory)};",
-            f"load {load:.1f} before, {os.getloadavg()[0]:.1f} after;",
-            f"{run(cnbd, 'version').split(chr(10))[0]}, {run('nbdkit', '--version').strip()}, {run('qemu-nbd', '--version').split(chr(10))[0]};",
-            "host caches dropped before cold reads." if os.geteuid() == 0 else "not root, so only the file's own pages were dropped before cold reads, as far as the kernel does that.",
-        ])
-        print(f"Command: `{shlex.join([os.path.relpath(__file__, ROOT)] + sys.argv[1:])}`")
-    finally:
-        shutil.rmtree(directory)
+            saved["rounds"].append(round_of(n, args, chosen, sets, directory))
+            os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
+            with open(args.out, "w", encoding="utf-8") as f:
+                json.dump(saved, f, indent=1)
+    return show(args, saved)
 
 
-main()
+def show(args, saved):
+    """Prints the tables, or puts them into a document."""
+    text = report.tables(saved)
+    if not args.docs:
+        print(text)
+        return
+    with open(args.docs, encoding="utf-8") as f:
+        document = f.read()
+    before, rest = document.split(BEGIN)
+    with open(args.docs, "w", encoding="utf-8") as f:
+        f.write(before + BEGIN + "\n" + text + "\n" + END + rest.split(END)[1])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Failed as e:
+        sys.exit(str(e))
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -371,10 +371,6 @@ func (d *Device) Geometry() store.Geometry { return d.store.Geometry() }
 // Recovery tells what opening the store found.
 func (d *Device) Recovery() store.Recovery { return d.store.Recovery() }
 
-// DurableEpoch is the number of the newest commit that is durable, after Close as
-// well: what the next opening recovers, if nobody has written meanwhile.
-func (d *Device) DurableEpoch() uint64 { return d.store.DurableEpoch() }
-
 // Appended is how many bytes of data have gone to the store since the device was
 // opened, and what they have taken there. It does not block.
 func (d *Device) Appended() (data, stored uint64) { return d.store.Appended() }
@@ -518,7 +514,6 @@ type Status struct {
 	Recovery  store.Recovery    `json:"recovery"`
 	Cache     pagecache.Metrics `json:"cache"`
 	Writeback delalloc.Metrics  `json:"writeback"`
-	Queue     asyncq.Metrics    `json:"queue"` // of the writeback
 	Reads     ReadMetrics       `json:"reads"`
 }
 
@@ -571,7 +566,7 @@ func (d *Device) Look() (Status, error) {
 		},
 	}
 	if d.back != nil {
-		st.Writeback, st.Queue = d.back.Metrics(), d.queue.Metrics()
+		st.Writeback = d.back.Metrics()
 	}
 	return st, nil
 }

@@ -130,13 +130,9 @@ func (t *segments) holding() bool {
 	return len(t.held) > 0
 }
 
-// givePinsUp gives up the pins that are in the way of writes, and warns of that.
+// givePinsUp gives up the pins that are in the way of writes.
 func (s *Store) givePinsUp() {
 	if s.segments.giveUp() {
-		s.warnPinLost()
+		s.opts.Warn("a reader of an older state of the device, such as an export, has lost it", ErrPinLost)
 	}
-}
-
-func (s *Store) warnPinLost() {
-	s.opts.Warn("a reader of an older state of the device, such as an export, has lost it", ErrPinLost)
 }

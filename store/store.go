@@ -376,17 +376,6 @@ type Commit struct {
 	snap    *snapshot
 }
 
-// DurableEpoch is the number of the newest commit that is durable, after Close as
-// well. It does not block.
-func (s *Store) DurableEpoch() uint64 {
-	if s.log == nil {
-		return s.recovery.Epoch
-	}
-	s.log.mu.Lock()
-	defer s.log.mu.Unlock()
-	return s.log.mu.durable
-}
-
 // AppendCommit closes the current epoch. Sync makes it durable. An epoch without
 // a record needs none: ok is false, and everything before is durable already.
 // REQUIRES: the Sync of the commit before has returned.
@@ -396,13 +385,7 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	}
 	l := s.log
 	l.mu.Lock()
-	lost := false
-	defer func() {
-		l.mu.Unlock()
-		if lost {
-			s.warnPinLost() // which may block
-		}
-	}()
+	defer l.mu.Unlock()
 	if l.idleLocked() && !s.snapshot.Load() {
 		return c, false, nil
 	}
@@ -418,7 +401,7 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	few := free < 2*reserveSegments
 	short := (few || warm < reserveSegments) && l.mu.head.serial > l.mu.snapshot
 	if short && few {
-		lost = s.segments.giveUp()
+		s.givePinsUp()
 	}
 	if s.snapshot.Load() || short || s.dueLocked() {
 		c.snap = s.takeSnapshot(c.Epoch)
