@@ -4,25 +4,25 @@ import "time"
 
 // Metrics is a snapshot of a queue at one instant.
 type Metrics struct {
-	Workers int
+	Workers int `json:"workers"`
 
-	Submitted uint64 // tasks since New
-	Completed uint64 // of them, those whose Complete and Free have returned
-	Panicked  uint64 // of them, those whose Do panicked
+	Submitted uint64 `json:"submitted"` // tasks since New
+	Completed uint64 `json:"completed"` // of them, those whose Complete and Free have returned
+	Panicked  uint64 `json:"panicked"`  // of them, those whose Do panicked
 
 	// Submitted - Completed is the sum of these three.
-	Waiting   int // tasks that no worker has begun
-	Running   int // tasks in Do
-	Unordered int // tasks done that are in Complete or wait for their turn
+	Waiting   int `json:"waiting"`   // tasks that no worker has begun
+	Running   int `json:"running"`   // tasks in Do
+	Unordered int `json:"unordered"` // tasks done that are in Complete or wait for their turn
 
-	Bytes    int64 // tokens in flight
-	BytesMax int64 // their limit
-	BytesLow int64 // where those who wait go on after the limit was reached
+	Bytes    int64 `json:"bytes"`     // tokens in flight
+	BytesMax int64 `json:"bytes_max"` // their limit
+	BytesLow int64 `json:"bytes_low"` // where those who wait go on after the limit was reached
 
-	Acquiring     int           // callers that wait for tokens
-	Draining      int           // callers of Drain
-	Throttled     uint64        // calls of Acquire that had to wait, since New
-	ThrottledTime time.Duration // the sum of the time they have waited, when over
+	Acquiring     int           `json:"acquiring"`         // callers that wait for tokens
+	Draining      int           `json:"draining"`          // callers of Drain
+	Throttled     uint64        `json:"throttled"`         // calls of Acquire that had to wait, since New
+	ThrottledTime time.Duration `json:"throttled_time_ns"` // the sum of the time they have waited, when over
 }
 
 // Metrics returns a snapshot.

@@ -371,6 +371,10 @@ func (d *Device) Geometry() store.Geometry { return d.store.Geometry() }
 // Recovery tells what opening the store found.
 func (d *Device) Recovery() store.Recovery { return d.store.Recovery() }
 
+// DurableEpoch is the number of the newest commit that is durable, after Close as
+// well: what the next opening recovers, if nobody has written meanwhile.
+func (d *Device) DurableEpoch() uint64 { return d.store.DurableEpoch() }
+
 // Appended is how many bytes of data have gone to the store since the device was
 // opened, and what they have taken there. It does not block.
 func (d *Device) Appended() (data, stored uint64) { return d.store.Appended() }
@@ -514,6 +518,7 @@ type Status struct {
 	Recovery  store.Recovery    `json:"recovery"`
 	Cache     pagecache.Metrics `json:"cache"`
 	Writeback delalloc.Metrics  `json:"writeback"`
+	Queue     asyncq.Metrics    `json:"queue"` // of the writeback
 	Reads     ReadMetrics       `json:"reads"`
 }
 
@@ -566,7 +571,7 @@ func (d *Device) Look() (Status, error) {
 		},
 	}
 	if d.back != nil {
-		st.Writeback = d.back.Metrics()
+		st.Writeback, st.Queue = d.back.Metrics(), d.queue.Metrics()
 	}
 	return st, nil
 }

@@ -1003,3 +1003,32 @@ func TestRequestsAreCounted(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// TestDurableEpoch: what a clean end, and one in the middle of writes, leaves is what
+// the next opening finds.
+func TestDurableEpoch(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(1<<20, compression.None))
+	o := smallOptions(t)
+	for i, end := range []func(*Device) error{(*Device).Close, (*Device).Abort, (*Device).Close} {
+		d := open(t, f, o)
+		if _, err := d.WriteAt(noise(uint64(i), 4096), int64(i)*8192); err != nil {
+			t.Fatal(err)
+		}
+		if err := d.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if err := end(d); err != nil {
+			t.Fatal(err)
+		}
+		f = f.Clone()
+		next := open(t, f, o)
+		if got, want := d.DurableEpoch(), next.Recovery().Epoch; got != want || got == 0 {
+			t.Errorf("%d: the end was at epoch %d, %d was found", i, got, want)
+		}
+		if err := next.Close(); err != nil {
+			t.Fatal(err)
+		}
+		f = f.Clone()
+	}
+}

@@ -3,7 +3,9 @@ package device
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
+	"regexp"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -14,6 +16,7 @@ import (
 	"cnbd/internal/block"
 	"cnbd/internal/compression"
 	"cnbd/internal/disktest"
+	"cnbd/store"
 )
 
 // allocation is what d tells of the n bytes at off, a letter for each block or
@@ -369,7 +372,27 @@ func TestLookWritesNothing(t *testing.T) {
 	if st.DirtyBytes != 0 || wrote.Load() == 0 {
 		t.Errorf("Status has written nothing out: %d bytes are dirty", st.DirtyBytes)
 	}
+	if q := st.Queue; q.Workers == 0 || q.Submitted == 0 || q.Completed != q.Submitted {
+		t.Errorf("what was written out has gone through the queue: %+v", q)
+	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// TestStatusNames: all of a status is JSON with names of one kind.
+func TestStatusNames(t *testing.T) {
+	text, err := json.Marshal(Status{Scrub: &store.ScrubReport{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := regexp.MustCompile(`"([^"]*)":`).FindAllSubmatch(text, -1)
+	for _, n := range names {
+		if !regexp.MustCompile(`^[a-z]+(_[a-z]+)*$`).Match(n[1]) {
+			t.Errorf("%s is not in snake_case", n[1])
+		}
+	}
+	if len(names) < 100 {
+		t.Errorf("%d names: %s", len(names), text)
 	}
 }

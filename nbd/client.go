@@ -11,6 +11,7 @@ import (
 	"math"
 	"net"
 	"os"
+	"strings"
 	"sync"
 )
 
@@ -214,6 +215,40 @@ func List(ctx context.Context, uri string) (list []ExportInfo, err error) {
 		return nil, fmt.Errorf("nbd: list exports: %w", err)
 	}
 	return list, nil
+}
+
+// About asks the server of uri what it has to say of the export for programs, see
+// [Export.About]. Servers of others have nothing to say.
+func About(ctx context.Context, uri string) (about []string, err error) {
+	nc, u, config, err := dial(ctx, uri)
+	if err != nil {
+		return nil, err
+	}
+	defer nc.Close()
+	c := &Client{nc: nc, br: bufio.NewReader(nc)}
+	err = withContext(ctx, nc, func() error {
+		if _, err := c.greet(config); err != nil {
+			return err
+		}
+		// Without structured replies there are no contexts.
+		err := c.ask(optStructured, nil, func(optReply, []byte) error { return nil })
+		if err == nil {
+			err = c.ask(optListMeta, appendMetaQuery(nil, u.Export, contextsAbout), func(r optReply, data []byte) error {
+				if r == repMeta && len(data) > 4 {
+					if s, ok := strings.CutPrefix(string(data[4:]), contextsAbout); ok {
+						about = append(about, s)
+					}
+				}
+				return nil
+			})
+		}
+		c.nc.Write(appendOption(nil, optAbort, nil)) // out of courtesy
+		return err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("nbd: ask about export %q: %w", u.Export, err)
+	}
+	return about, nil
 }
 
 // withContext runs f, whose I/O on nc ends when ctx does.

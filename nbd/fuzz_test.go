@@ -66,6 +66,7 @@ func FuzzInfoQuery(f *testing.F) {
 func FuzzMetaQuery(f *testing.F) {
 	f.Add(appendMetaQuery(nil, "export", "base:", contextAllocation, "qemu:x"))
 	f.Add(appendMetaQuery(nil, ""))
+	f.Add(appendMetaQuery(nil, "export", contextsAbout))
 	f.Add([]byte{0xff, 0xff, 0xff, 0xff, 0, 0, 0, 0})
 	f.Fuzz(func(t *testing.T, b []byte) {
 		q, ok := decodeMetaQuery(b)
@@ -77,6 +78,9 @@ func FuzzMetaQuery(f *testing.F) {
 		}
 		if q.allocation && !bytes.Contains(b, []byte(contextAllocation)) {
 			t.Errorf("%x asks for no %s", b, contextAllocation)
+		}
+		if q.about && !bytes.Contains(b, []byte(contextsAbout)) {
+			t.Errorf("%x asks for no %s", b, contextsAbout)
 		}
 	})
 }

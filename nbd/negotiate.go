@@ -230,8 +230,8 @@ func (c *conn) upgrade(opt option, data []byte) error {
 	return err
 }
 
-// metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. There is one context;
-// queries for others find nothing, which is no error.
+// metaContext answers LIST_META_CONTEXT and SET_META_CONTEXT. There is one context to
+// select; queries for others find nothing, which is no error.
 func (c *conn) metaContext(opt option, data []byte) error {
 	if c.agreed.mode < StructuredReplies {
 		return c.refuse(opt, repErrInvalid, "structured replies were not negotiated")
@@ -257,6 +257,11 @@ func (c *conn) metaContext(opt option, data []byte) error {
 		out = appendOptReply(out, opt, repMeta, append(b, contextAllocation...))
 		if opt == optSetMeta {
 			c.agreed.meta = e
+		}
+	}
+	if q.about && opt == optListMeta && e.About != nil {
+		for _, s := range e.About() {
+			out = appendOptReply(out, opt, repMeta, append(make([]byte, 4), contextsAbout+s...))
 		}
 	}
 	_, err = c.nc.Write(appendOptReply(out, opt, repAck, nil))

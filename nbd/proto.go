@@ -373,8 +373,11 @@ type Extent struct {
 }
 
 const (
-	// contextAllocation is the only metadata context that there is.
+	// contextAllocation is the only metadata context that can be selected.
 	contextAllocation = "base:allocation"
+	// contextsAbout is a namespace of our own. Its contexts cannot be selected: their
+	// names, told to who lists it, say something of the export (see [Export.About]).
+	contextsAbout = "x-cnbd:"
 	// contextID is its number in replies, which the server chooses.
 	contextID = 1
 	// contextQuerySize is what a BLOCK_STATUS with a payload sends to ask for
@@ -468,6 +471,7 @@ type metaQuery struct {
 	queries    uint32 // in all
 	allocation bool   // base:allocation is among them
 	base       bool   // and base:, which stands for all of that namespace
+	about      bool   // and contextsAbout
 }
 
 // decodeMetaQuery is the inverse of appendMetaQuery; ok is false if data is not
@@ -498,6 +502,7 @@ func decodeMetaQuery(data []byte) (q metaQuery, ok bool) {
 		}
 		q.allocation = q.allocation || string(s) == contextAllocation
 		q.base = q.base || string(s) == "base:"
+		q.about = q.about || string(s) == contextsAbout
 	}
 	return q, len(data) == 0
 }

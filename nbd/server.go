@@ -41,6 +41,11 @@ type Export struct {
 	// With an error the client is told that the export is not available.
 	Open func(ctx context.Context) (Backend, error)
 
+	// About tells clients that ask, by [About], what the server has to say of the
+	// export for programs: a few short texts. It is called concurrently, and before
+	// Open too. May be nil.
+	About func() []string
+
 	// ConnectionsMax bounds the clients that use the export; further ones are
 	// refused. 0: no bound but that of the server.
 	ConnectionsMax int

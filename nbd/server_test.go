@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -269,6 +270,25 @@ func TestGrownExport(t *testing.T) {
 	}
 	if err := c.ReadAt(t.Context(), got, 1<<20-1); !errors.Is(err, syscall.EINVAL) {
 		t.Errorf("across the new end: %v", err)
+	}
+}
+
+// What a server has to say of an export is told to who asks for it, and to nobody else.
+func TestAbout(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	said := []string{"run=1", "after=2"}
+	s := serve(t, Options{Exports: []Export{{Name: "a", Backend: d, About: func() []string { return said }}, {Name: "b", Backend: d}}})
+	for name, want := range map[string][]string{"a": said, "b": nil} {
+		if got, err := About(t.Context(), s.uri(name)); err != nil || !slices.Equal(got, want) {
+			t.Errorf("of %s: %q, %v, want %q", name, got, err, want)
+		}
+	}
+	if got, err := About(t.Context(), s.uri("c")); err == nil {
+		t.Errorf("of an export that there is not: %q", got)
+	}
+	c := s.dial("a")
+	if _, err := c.BlockStatus(t.Context(), 0, 4096, false); err != nil {
+		t.Errorf("base:allocation beside it: %v", err)
 	}
 }
 

@@ -41,57 +41,60 @@ const (
 // of different shards are read one after the other.
 type Metrics struct {
 	// Lookups by Get.
-	Hits      uint64 // answered by a version
-	HoleHits  uint64 // answered by a pending hole
-	FillWaits uint64 // found the block claimed
-	Misses    uint64 // claimed the block
+	Hits      uint64 `json:"hits"`       // answered by a version
+	HoleHits  uint64 `json:"hole_hits"`  // answered by a pending hole
+	FillWaits uint64 `json:"fill_waits"` // found the block claimed
+	Misses    uint64 `json:"misses"`     // claimed the block
 	// Claims by TryClaim, and the ends of claims.
-	Neighbours    uint64 // claimed by TryClaim
-	Fills         uint64 // published
-	LateFills     uint64 // dropped: a write, trim or hole had withdrawn the claim
-	FillsUncached uint64 // dropped: no frame could be had
-	Abandons      uint64 // given up, after read errors and for neighbours not wanted
+	Neighbours    uint64 `json:"neighbours"`     // claimed by TryClaim
+	Fills         uint64 `json:"fills"`          // published
+	LateFills     uint64 `json:"late_fills"`     // dropped: a write, trim or hole had withdrawn the claim
+	FillsUncached uint64 `json:"fills_uncached"` // dropped: no frame could be had
+	Abandons      uint64 `json:"abandons"`       // given up, after read errors and for neighbours not wanted
 	// Blocks installed, by what was visible before.
-	WritesAbsent    uint64 // nothing, or a claim or hole
-	WritesClean     uint64
-	WritesDirty     uint64 // dirty in the same epoch
-	WritesFrozen    uint64 // dirty in the frozen epoch: it became the shadow
-	WritesWriteback uint64 // in writeback: copy on write
-	WritesFailed    uint64
+	WritesAbsent    uint64 `json:"writes_absent"` // nothing, or a claim or hole
+	WritesClean     uint64 `json:"writes_clean"`
+	WritesDirty     uint64 `json:"writes_dirty"`     // dirty in the same epoch
+	WritesFrozen    uint64 `json:"writes_frozen"`    // dirty in the frozen epoch: it became the shadow
+	WritesWriteback uint64 `json:"writes_writeback"` // in writeback: copy on write
+	WritesFailed    uint64 `json:"writes_failed"`
 	// Visible versions taken away by holes.
-	TrimsClean     uint64
-	TrimsDirty     uint64 // dirty in the same epoch
-	TrimsFrozen    uint64 // dirty in the frozen epoch: it became the shadow
-	TrimsWriteback uint64
-	TrimsFailed    uint64
+	TrimsClean     uint64 `json:"trims_clean"`
+	TrimsDirty     uint64 `json:"trims_dirty"`  // dirty in the same epoch
+	TrimsFrozen    uint64 `json:"trims_frozen"` // dirty in the frozen epoch: it became the shadow
+	TrimsWriteback uint64 `json:"trims_writeback"`
+	TrimsFailed    uint64 `json:"trims_failed"`
 	// Writeback.
-	FindLocks          uint64 // LockDirty took a lock
-	BusyPages          uint64 // LockDirty or StillDirty found none
-	LocksLost          uint64 // a write or trim of the same epoch dropped a locked version
-	HandOffs           uint64
-	WritebacksClean    uint64 // ended, now clean
-	WritebacksDetached uint64 // ended, replaced or trimmed meanwhile
-	WritebackErrors    uint64
-	Evictions          uint64
+	FindLocks          uint64 `json:"find_locks"` // LockDirty took a lock
+	BusyPages          uint64 `json:"busy_pages"` // LockDirty or StillDirty found none
+	LocksLost          uint64 `json:"locks_lost"` // a write or trim of the same epoch dropped a locked version
+	HandOffs           uint64 `json:"hand_offs"`
+	WritebacksClean    uint64 `json:"writebacks_clean"`    // ended, now clean
+	WritebacksDetached uint64 `json:"writebacks_detached"` // ended, replaced or trimmed meanwhile
+	WritebackErrors    uint64 `json:"writeback_errors"`
+	Evictions          uint64 `json:"evictions"`
 
 	// Versions, in blocks.
-	Cached    int64 // all of them; what CacheMax limits
-	Clean     int64 // visible and clean
-	Dirty     int64 // not handed off, shadows included
-	Shadow    int64
-	Locked    int64 // between LockDirty and HandOff or UnlockDirty
-	Writeback int64
-	Failed    int64
-	Admitted  int64 // by BalanceDirty, and not installed yet
-	Payload   int64 // frames of requests; what PayloadMax limits
-	Pinned    int64 // references given to readers
-	Claims    int64 // blocks claimed
-	Holes     int64 // ranges of pending holes
+	Cached    int64 `json:"cached"` // all of them; what CacheMax limits
+	Clean     int64 `json:"clean"`  // visible and clean
+	Dirty     int64 `json:"dirty"`  // not handed off, shadows included
+	Shadow    int64 `json:"shadow"`
+	Locked    int64 `json:"locked"` // between LockDirty and HandOff or UnlockDirty
+	Writeback int64 `json:"writeback"`
+	Failed    int64 `json:"failed"`
+	Admitted  int64 `json:"admitted"` // by BalanceDirty, and not installed yet
+	Payload   int64 `json:"payload"`  // frames of requests; what PayloadMax limits
+	Pinned    int64 `json:"pinned"`   // references given to readers
+	Claims    int64 `json:"claims"`   // blocks claimed
+	Holes     int64 `json:"holes"`    // ranges of pending holes
 
-	DirtyWaiters   int64 // callers that wait in BalanceDirty
-	PayloadWaiters int64 // callers that wait in AdmitPayload
+	DirtyWaiters   int64 `json:"dirty_waiters"`   // callers that wait in BalanceDirty
+	PayloadWaiters int64 `json:"payload_waiters"` // callers that wait in AdmitPayload
 
-	CacheMax, PayloadMax, DirtyMax, Background block.Count
+	CacheMax   block.Count `json:"cache_max"`
+	PayloadMax block.Count `json:"payload_max"`
+	DirtyMax   block.Count `json:"dirty_max"`
+	Background block.Count `json:"background"`
 }
 
 // Metrics takes a snapshot. It takes the mutexes of the shards in turn.

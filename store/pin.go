@@ -130,9 +130,13 @@ func (t *segments) holding() bool {
 	return len(t.held) > 0
 }
 
-// givePinsUp gives up the pins that are in the way of writes.
+// givePinsUp gives up the pins that are in the way of writes, and warns of that.
 func (s *Store) givePinsUp() {
 	if s.segments.giveUp() {
-		s.opts.Warn("a reader of an older state of the device, such as an export, has lost it", ErrPinLost)
+		s.warnPinLost()
 	}
+}
+
+func (s *Store) warnPinLost() {
+	s.opts.Warn("a reader of an older state of the device, such as an export, has lost it", ErrPinLost)
 }

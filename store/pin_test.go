@@ -225,3 +225,36 @@ func TestPinGivesWay(t *testing.T) {
 		must(t, c.Close())
 	}
 }
+
+// TestPinLostByCommit: who is told of a pin that a commit has given up holds up no
+// append.
+func TestPinLostByCommit(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(128, 64)))
+	var c *committed
+	warned := make(chan error, 1)
+	c = openCommitted(t, d, Options{Warn: func(_ string, err error) {
+		c.log.mu.Lock()
+		defer c.log.mu.Unlock()
+		warned <- err
+	}})
+	must(t, c.blob(0, 8, 0xff))
+	must(t, c.Checkpoint())
+	p := c.Pin()
+	within(t, "commits", func() error {
+		for i := 0; len(warned) == 0; i++ {
+			if err := c.blob(i%16*8, 8, 0xff); err != nil {
+				return err
+			}
+			if err := c.commit(); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
+	if err := <-warned; !errors.Is(err, ErrPinLost) {
+		t.Errorf("warned of %v", err)
+	}
+	p.Release()
+	must(t, c.Close())
+}

@@ -14,13 +14,13 @@ import (
 
 // Recovery tells what opening a store found.
 type Recovery struct {
-	Checkpoint uint64 // sequence number of the checkpoint that replay started from
-	Epoch      uint64 // of the commit whose state the store has now
-	Segments   int    // segments of the log that were read
-	Bytes      uint64 // of the log that was accepted
-	Records    uint64 // that were applied
-	Dropped    uint64 // records of an epoch that no commit closed
-	Damaged    uint64 // records of durable epochs that could not be read; their blocks are lost
+	Checkpoint uint64 `json:"checkpoint"` // sequence number of the checkpoint that replay started from
+	Epoch      uint64 `json:"epoch"`      // of the commit whose state the store has now
+	Segments   int    `json:"segments"`   // segments of the log that were read
+	Bytes      uint64 `json:"bytes"`      // of the log that was accepted
+	Records    uint64 `json:"records"`    // that were applied
+	Dropped    uint64 `json:"dropped"`    // records of an epoch that no commit closed
+	Damaged    uint64 `json:"damaged"`    // records of durable epochs that could not be read; their blocks are lost
 }
 
 // Recovery is what opening found.

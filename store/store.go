@@ -376,6 +376,17 @@ type Commit struct {
 	snap    *snapshot
 }
 
+// DurableEpoch is the number of the newest commit that is durable, after Close as
+// well. It does not block.
+func (s *Store) DurableEpoch() uint64 {
+	if s.log == nil {
+		return s.recovery.Epoch
+	}
+	s.log.mu.Lock()
+	defer s.log.mu.Unlock()
+	return s.log.mu.durable
+}
+
 // AppendCommit closes the current epoch. Sync makes it durable. An epoch without
 // a record needs none: ok is false, and everything before is durable already.
 // REQUIRES: the Sync of the commit before has returned.
@@ -385,7 +396,13 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	}
 	l := s.log
 	l.mu.Lock()
-	defer l.mu.Unlock()
+	lost := false
+	defer func() {
+		l.mu.Unlock()
+		if lost {
+			s.warnPinLost() // which may block
+		}
+	}()
 	if l.idleLocked() && !s.snapshot.Load() {
 		return c, false, nil
 	}
@@ -401,7 +418,7 @@ func (s *Store) AppendCommit() (c Commit, ok bool, err error) {
 	few := free < 2*reserveSegments
 	short := (few || warm < reserveSegments) && l.mu.head.serial > l.mu.snapshot
 	if short && few {
-		s.givePinsUp()
+		lost = s.segments.giveUp()
 	}
 	if s.snapshot.Load() || short || s.dueLocked() {
 		c.snap = s.takeSnapshot(c.Epoch)

@@ -144,10 +144,10 @@ func TestLock(t *testing.T) {
 
 // A process that is killed leaves no lock, and its children inherit none.
 func TestLockEndsWithProcess(t *testing.T) {
-	path := touch(t, t.TempDir())
 	if os.Getenv("CNBD_LOCK_PATH") != "" {
-		holdLock()
+		holdLock() // until it is killed, so that it may leave nothing behind
 	}
+	path := touch(t, t.TempDir())
 	cmd := exec.Command(os.Args[0], "-test.run=TestLockEndsWithProcess")
 	cmd.Env = append(os.Environ(), "CNBD_LOCK_PATH="+path)
 	out, err := cmd.StdoutPipe()

@@ -211,6 +211,18 @@ var ofStatus = []*family[status]{
 	}),
 	counter("cnbd_writeback_holes_total", "Trimmed and zeroed ranges handed to writeback.", one(func(s *status) uint64 { return s.Writeback.Holes })),
 	counter("cnbd_writeback_chunks_total", "Pieces of work for the compressors, of up to 512 KiB.", one(func(s *status) uint64 { return s.Writeback.Chunks })),
+	gauge("cnbd_writeback_queued_chunks", "Pieces of work in the queue of the compressors, by state: waiting, running, done (to be appended in order).", func(s *status, put putter) {
+		put(float64(s.Queue.Waiting), "waiting")
+		put(float64(s.Queue.Running), "running")
+		put(float64(s.Queue.Unordered), "done")
+	}, "state"),
+	gauge("cnbd_writeback_queued_bytes", "Pages in the queue of the compressors.", one(func(s *status) int64 { return s.Queue.Bytes })),
+	gauge("cnbd_writeback_queue_limit_bytes", "Pages in the queue from which on writeback waits for the compressors.", one(func(s *status) int64 { return s.Queue.BytesMax })),
+	counter("cnbd_writeback_throttled_total", "Times that writeback waited for the compressors.", one(func(s *status) uint64 { return s.Queue.Throttled })),
+	counter("cnbd_writeback_throttled_seconds_total", "How long it waited.", func(s *status, put putter) {
+		put(s.Queue.ThrottledTime.Seconds())
+	}),
+	gauge("cnbd_writeback_workers", "Goroutines that compress.", one(func(s *status) int64 { return int64(s.Queue.Workers) })),
 	counter("cnbd_writeback_errors_total", "Pages that could not be written back.", one(func(s *status) uint64 { return s.Cache.WritebackErrors })),
 	counter("cnbd_read_errors_total", "Reads of the store that failed.", one(func(s *status) uint64 { return s.Reads.Errors })),
 	counter("cnbd_read_neighbours_total", "Pages filled beside those that were asked for, from the same extent.", one(func(s *status) uint64 { return s.Reads.Neighbours })),

@@ -43,6 +43,9 @@ func full() Source {
 	m.Exports[0].Errors = map[nbd.Errno]uint64{nbd.ENOSPC: 6}
 	st := device.Status{UUID: "u", Codec: "zstd", Ratio: 2.5, Scrub: &store.ScrubReport{Began: time.Unix(7, 0), Problems: []string{"a"}, More: 2}}
 	st.Cache.Dirty, st.Writeback.Pages = 2, 3
+	q := &st.Queue
+	q.Workers, q.Waiting, q.Running, q.Unordered, q.Bytes, q.BytesMax = 4, 5, 3, 2, 4096, 8192
+	q.Throttled, q.ThrottledTime = 7, 1500*time.Millisecond
 	sample := &Sample{time.Unix(100, 0), st}
 	return Source{Version: "1.2.3", Server: func() nbd.Metrics { return m }, Exports: []Export{
 		{Sample: func(context.Context) *Sample { return sample }, Err: func() error { return nil }},
@@ -93,6 +96,14 @@ func TestValues(t *testing.T) {
 		`cnbd_scrub_begun_timestamp_seconds{export=""} 7`,
 		`cnbd_cache_bytes{export="",state="dirty"} 8192`,
 		`cnbd_writeback_bytes_total{export=""} 12288`,
+		`cnbd_writeback_queued_chunks{export="",state="waiting"} 5`,
+		`cnbd_writeback_queued_chunks{export="",state="running"} 3`,
+		`cnbd_writeback_queued_chunks{export="",state="done"} 2`,
+		`cnbd_writeback_queued_bytes{export=""} 4096`,
+		`cnbd_writeback_queue_limit_bytes{export=""} 8192`,
+		`cnbd_writeback_throttled_total{export=""} 7`,
+		`cnbd_writeback_throttled_seconds_total{export=""} 1.5`,
+		`cnbd_writeback_workers{export=""} 4`,
 	} {
 		if !slices.ContainsFunc(lines, func(line string) bool {
 			return regexp.MustCompile(`goversion="[^"]*"`).ReplaceAllString(line, `goversion="GO"`) == want
