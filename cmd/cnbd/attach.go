@@ -31,6 +31,7 @@ type attachment struct {
 	deadTimeout time.Duration
 	wait        time.Duration // for the server to take the connections, and for the device to be ready
 	resize      bool          // of a device that is attached
+	reconnect   bool          // stay, and connect again
 }
 
 func newAttach() *cobra.Command {
@@ -44,7 +45,10 @@ func newAttach() *cobra.Command {
 			"A filesystem or partition table is bound to the block size that it was made with: what was made with 4096\n" +
 			"can be used with 512 if it is not partitioned, but not the other way round.\n\n" +
 			"When the server goes away the device answers every request with an error, at once or after\n" +
-			"--dead-connection-timeout: unmount, detach, attach again.\n\n" +
+			"--dead-connection-timeout: unmount, detach, attach again. With --reconnect the command stays until the\n" +
+			"device is detached: when the server has ended in good order and is there again within that time (1m by\n" +
+			"default), requests have only waited. When it was killed, and may have lost what it had answered, the device\n" +
+			"gets its errors.\n\n" +
 			"When the device has become larger (cnbd resize), --resize tells the kernel, while it is in use." + exitHelp,
 		Example: "  modprobe nbd\n" +
 			"  cnbd attach /dev/nbd0 'nbd+unix:///?socket=disk.cnbd.sock'\n" +
@@ -70,13 +74,20 @@ func newAttach() *cobra.Command {
 			if u.TLS {
 				return usage(errors.New("the kernel has no TLS for NBD: serve it on a unix socket, or through a tunnel"))
 			}
+			if a.reconnect && a.deadTimeout == 0 {
+				a.deadTimeout = deadTimeoutDefault
+			}
 			if err := a.validate(); err != nil {
 				return usage(err)
 			}
 			if a.resize {
 				return a.grow(cmd.Context(), cmd.OutOrStdout())
 			}
-			return a.attach(cmd.Context(), cmd.OutOrStdout())
+			if a.reconnect {
+				return a.keep(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
+			}
+			_, _, err = a.attach(cmd.Context(), cmd.OutOrStdout())
+			return err
 		},
 	}
 	f := cmd.Flags()
@@ -85,6 +96,7 @@ func newAttach() *cobra.Command {
 	f.TextVar(&a.requestMax, "request-max", a.requestMax, "largest `SIZE` of a request")
 	f.DurationVar(&a.timeout, "timeout", 0, "whole seconds until a request that is not answered fails, and its connection with it (0: never)")
 	f.DurationVar(&a.deadTimeout, "dead-connection-timeout", 0, "whole seconds that requests wait for another connection when all are dead")
+	f.BoolVar(&a.reconnect, "reconnect", false, "stay, and connect again when the server was restarted in good order")
 	f.BoolVar(&a.resize, "resize", false, "DEVICE is attached, and the export has become larger: tell the kernel its size")
 	f.DurationVar(&a.wait, "wait", a.wait, "how long the server, and then the device, may take to be ready")
 	return cmd
@@ -106,48 +118,48 @@ func (a *attachment) validate() error {
 	check(seconds(a.timeout), "timeout", "whole seconds, at most 24h,")
 	check(seconds(a.deadTimeout), "dead-connection-timeout", "whole seconds, at most 24h,")
 	check(a.wait > 0, "wait", "a time")
+	check(!a.reconnect || a.deadTimeout > giveUpMargin, "dead-connection-timeout", "more than 1s, for --reconnect,")
+	check(!a.resize || !a.reconnect, "resize", "a command without --reconnect, which goes on,")
 	return errors.Join(errs...)
 }
 
-func (a *attachment) attach(ctx context.Context, stdout io.Writer) error {
+// attach attaches, and returns the number of connections and, if it is needed, the run
+// of the server.
+func (a *attachment) attach(ctx context.Context, stdout io.Writer) (connections int, r *run, err error) {
 	if a.device.Attached() {
 		err := fmt.Errorf("attach %v: %w", a.device, nbdkernel.ErrBusy)
 		if to := a.device.Backend(); to != "" {
 			err = fmt.Errorf("%w; it is attached to %s", err, to)
 		}
-		return err
+		return 0, nil, err
 	}
 	c := nbdkernel.Config{
 		BlockSize: uint32(a.blockSize), Backend: a.uri,
 		Timeout: a.timeout, DeadConnTimeout: a.deadTimeout,
 	}
-	defer func() {
-		for _, f := range c.Sockets {
-			f.Close()
-		}
-	}()
+	defer func() { closeAll(c.Sockets) }()
 	most, requestMax := 1, a.requestMax
 	for i := 0; i < most; i++ {
 		n, f, err := negotiate(ctx, a.uri, a.wait)
 		if err != nil {
-			return err
+			return 0, nil, err
 		}
 		c.Sockets = append(c.Sockets, f)
 		if i > 0 {
 			if n.Size != c.Size || uint16(n.Flags) != c.Flags {
-				return errors.New("the server told different things of the export on two connections; try again")
+				return 0, nil, errors.New("the server told different things of the export on two connections; try again")
 			}
 			continue
 		}
 		c.Size, c.Flags = n.Size, uint16(n.Flags)
 		if s := n.Sizes; s.Minimum > c.BlockSize {
-			return fmt.Errorf("the server takes no requests for less than %d bytes: --block-size %[1]d is needed", s.Minimum)
+			return 0, nil, fmt.Errorf("the server takes no requests for less than %d bytes: --block-size %[1]d is needed", s.Minimum)
 		} else if s.Maximum != 0 {
 			requestMax = min(requestMax, config.Size(s.Maximum))
 		}
 		switch {
 		case a.connections > 1 && n.Flags&nbd.FlagCanMultiConn == 0:
-			return fmt.Errorf("--connections %d: the server allows one connection at a time for a device", a.connections)
+			return 0, nil, fmt.Errorf("--connections %d: the server allows one connection at a time for a device", a.connections)
 		case a.connections > 0:
 			most = a.connections
 		case n.Flags&nbd.FlagCanMultiConn != 0:
@@ -155,24 +167,30 @@ func (a *attachment) attach(ctx context.Context, stdout io.Writer) error {
 		}
 	}
 	if c.Size == 0 || c.Size%uint64(c.BlockSize) != 0 {
-		return fmt.Errorf("the export has %d bytes, which is no multiple of a block size of %d", c.Size, c.BlockSize)
+		return 0, nil, fmt.Errorf("the export has %d bytes, which is no multiple of a block size of %d", c.Size, c.BlockSize)
+	}
+	if a.reconnect {
+		// Behind the negotiation: that of an older run cannot be taken for this one's.
+		if r, err = a.ask(ctx); err != nil {
+			return 0, nil, err
+		}
 	}
 	if err := nbdkernel.Connect(a.device, c); err != nil {
-		return err
+		return 0, nil, err
 	}
 	ready, cancel := context.WithTimeout(ctx, a.wait)
 	defer cancel()
-	err := a.device.WaitReady(ready, c.Size)
+	err = a.device.WaitReady(ready, c.Size)
 	if err == nil {
 		err = a.device.SetRequestMax(int64(requestMax))
 	}
 	if err != nil {
 		// Nobody has used it yet, so nothing is lost.
 		_, undo := nbdkernel.Detach(ctx, a.device, true)
-		return errors.Join(err, undo)
+		return 0, nil, errors.Join(err, undo)
 	}
 	fmt.Fprintf(stdout, "%v: %v, %d connections\n", a.device, config.Size(c.Size), len(c.Sockets))
-	return nil
+	return len(c.Sockets), r, nil
 }
 
 // grow gives the device, which is attached, the size that the export has by now.

@@ -119,6 +119,9 @@ type served struct {
 	control *control.Server
 	device  *device.Device // nil: not open
 
+	// run is that of the store; nil: not open yet, or for reading only.
+	run atomic.Pointer[run]
+
 	// condition is how the export is, for those who watch; nil: not open yet.
 	condition atomic.Pointer[condition]
 
@@ -151,7 +154,8 @@ func (s *serving) run(stdout io.Writer, stop, hup <-chan os.Signal) error {
 		s.stores = append(s.stores, v)
 		opts.Exports = append(opts.Exports, nbd.Export{
 			Name: e.Name, Description: e.Description, Allow: e.Allow, ConnectionsMax: e.ConnectionsMax,
-			Open: func(ctx context.Context) (nbd.Backend, error) { return s.backend(ctx, v) },
+			Open:  func(ctx context.Context) (nbd.Backend, error) { return s.backend(ctx, v) },
+			About: func() []string { return v.run.Load().about() },
 		})
 	}
 	var err error
@@ -433,6 +437,13 @@ func (s *serving) open(v *served) (err error) {
 	r := v.device.Recovery()
 	log.Info().Uint64("epoch", r.Epoch).Uint64("records", r.Records).Stringer("log", config.Size(r.Bytes)).
 		Uint64("dropped", r.Dropped).Uint64("damaged", r.Damaged).Dur("took_ms", time.Since(began)).Msg("recovered")
+	if !e.ReadOnly {
+		began, err := beginRun(e.Path, g.UUID, r.Epoch)
+		if err != nil {
+			log.Warn().Err(err).Msg("how the last run has ended cannot be told: a device of the kernel that waits for it will not be connected again")
+		}
+		v.run.Store(began)
+	}
 	v.condition.Store(&condition{device: v.device, sampler: monitor.NewSampler(func(context.Context) (device.Status, error) { return v.device.Look() })})
 	if v.socket != nil {
 		v.control = control.Serve(v.socket, control.Handlers{
@@ -538,6 +549,11 @@ func (s *serving) end() error {
 			errs = append(errs, fmt.Errorf("%s: %w", v.export.Path, err))
 		} else {
 			s.log.Info().Str("backing", v.export.Path).Msg("closed, everything is committed")
+			if r := v.run.Load(); r != nil {
+				if err := r.end(v.export.Path, v.device.Geometry().UUID, v.device.DurableEpoch()); err != nil {
+					s.log.Debug().Err(err).Msg("how this run has ended cannot be left for the next")
+				}
+			}
 		}
 	}
 	return errors.Join(errs...)

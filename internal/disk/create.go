@@ -85,7 +85,7 @@ func Create(path string, o CreateOptions, fill func(f File, temp string) error) 
 		}
 		place = path
 	}
-	if err := syncDir(filepath.Dir(path)); err != nil {
+	if err := SyncDir(filepath.Dir(path)); err != nil {
 		return err
 	}
 	complete = true
@@ -197,8 +197,8 @@ func renameNew(from, to string) error {
 	return nil
 }
 
-// syncDir makes the names in dir durable.
-func syncDir(dir string) error {
+// SyncDir makes the names in dir durable: what was made, renamed or removed there.
+func SyncDir(dir string) error {
 	d, err := os.Open(dir)
 	if err != nil {
 		return err

@@ -32,6 +32,9 @@ const (
 	cmdConnect     = 1
 	cmdDisconnect  = 2
 	cmdReconfigure = 3
+	cmdLinkDead    = 4
+
+	groupEvents = "nbd_mc_group"
 
 	attrIndex           = 1
 	attrSize            = 2 // bytes
@@ -129,8 +132,15 @@ func (c *Config) attributes(d Device) *netlink.AttributeEncoder {
 	e.Uint64(attrTimeout, uint64(c.Timeout/time.Second))
 	e.Uint64(attrDeadConnTimeout, uint64(c.DeadConnTimeout/time.Second))
 	e.Uint64(attrServerFlags, uint64(c.Flags))
+	putSockets(e, c.Sockets)
+	e.String(attrBackend, c.Backend)
+	return e
+}
+
+// putSockets adds the attribute for sockets.
+func putSockets(e *netlink.AttributeEncoder, sockets []*os.File) {
 	e.Nested(attrSockets, func(e *netlink.AttributeEncoder) error {
-		for _, f := range c.Sockets {
+		for _, f := range sockets {
 			e.Nested(sockItem, func(e *netlink.AttributeEncoder) error {
 				e.Uint32(sockFD, uint32(f.Fd()))
 				return nil
@@ -138,8 +148,6 @@ func (c *Config) attributes(d Device) *netlink.AttributeEncoder {
 		}
 		return nil
 	})
-	e.String(attrBackend, c.Backend)
-	return e
 }
 
 // Resize tells the kernel that the export of d has another size by now, in bytes, a
@@ -162,6 +170,30 @@ func sizeAttributes(d Device, size uint64, backend string) *netlink.AttributeEnc
 		e.String(attrBackend, backend)
 	}
 	return e
+}
+
+// Reconnect gives d new connections in the place of dead ones, which must be past the
+// negotiation of the same export; those that there is no dead one for are not used. The
+// sockets are borrowed. What was sent on a dead one and not answered is sent again.
+func Reconnect(d Device, sockets []*os.File) error {
+	e := netlink.NewAttributeEncoder()
+	e.Uint32(attrIndex, uint32(d))
+	putSockets(e, sockets)
+	if backend := d.Backend(); backend != "" {
+		e.String(attrBackend, backend)
+	}
+	if err := execute(cmdReconfigure, e); err != nil {
+		return fmt.Errorf("connect %v again: %w", d, err)
+	}
+	return nil
+}
+
+// GiveUp disconnects d, whatever uses it: every request fails from now on.
+func GiveUp(d Device) error {
+	if err := disconnect(d); err != nil {
+		return fmt.Errorf("disconnect %v: %w", d, err)
+	}
+	return nil
 }
 
 // disconnect tells the server good-bye and fails what is waiting.
