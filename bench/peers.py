@@ -76,8 +76,8 @@ def check(args, need):
         sys.exit(f"{args.dir}: {free / GIB:.1f} GiB are free, {need / GIB:.1f} are needed (--size makes it less)")
 
 
-def choose(args, cnbd):
-    chosen = servers.all_servers(cnbd)
+def choose(args, cnbd, loop):
+    chosen = servers.all_servers(cnbd, loop)
     if args.servers:
         words = args.servers.split(",")
         chosen = [s for s in chosen if any(w == s.name or (w in s.name and w not in [x.name for x in chosen]) for w in words)]
@@ -133,7 +133,9 @@ def main():
     if not cnbd:
         run("make", "-C", ROOT, "build")
         cnbd = os.path.join(ROOT, "bin", "cnbd")
-    chosen = choose(args, cnbd)
+    loop = os.path.join(ROOT, "build", "loop")
+    run("go", "build", "-o", loop, "./bench/loop", cwd=ROOT)
+    chosen = choose(args, cnbd, loop)
 
     # Ctrl-C and SIGTERM end it in good order, and nothing disturbs the end.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))

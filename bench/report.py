@@ -2,8 +2,8 @@
 
 import statistics
 
-from servers import AGAIN, AUTO, BASE, FASTEST, ZSTD1, ZSTD3
 from machine import GIB, MIB
+from servers import AGAIN, AUTO, BASE, FASTEST, LOOP, ZSTD1, ZSTD3
 
 
 class Results:
@@ -220,6 +220,16 @@ def floors(r):
     return markdown(["4 KiB", "p50 µs", "p99 µs"], rows)
 
 
+def distance(r):
+    """How far cnbd, and nbdkit, are from the bare loop."""
+    rows = []
+    for workload, figure in (("read warm", "MiB/s"), ("cached read, depth 1", "iops"), ("cached read, depth 16", "iops"), ("write, depth 16", "iops")):
+        row = [r.each(lambda n: against(s, LOOP, workload, figure)(r, n)) for s in (AUTO, BASE)]
+        if all(row):
+            rows.append([workload] + [spread(values, "%.2f") for values in row])
+    return rows
+
+
 def noise(r):
     """How far the base row is from itself."""
     rows = []
@@ -252,6 +262,8 @@ def tables(saved):
     out += ["\n### Processor time, memory, start, stop\n", costs(r), "\n### Data : stored\n", stored(r)]
     if r.rounds[0].get("floors"):
         out += ["\n### Floors of this machine\n", floors(r)]
+    if distance(r):
+        out += ["\n### Beside the least that a server in Go can be\n", markdown(["workload", f"{AUTO} / {LOOP}", f"{BASE} / {LOOP}"], distance(r))]
     if noise(r):
         out += ["\n### The base row beside itself\n", markdown(["workload", f"{AGAIN} / {BASE}"], noise(r))]
     return "\n".join(out)

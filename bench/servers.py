@@ -117,6 +117,7 @@ class Server:
 
     suffix = ".raw"
     idles = False  # goes on working when nobody asks for anything
+    keeps = True  # has the data when it is started again
 
     def __init__(self, name, argv, program):
         self.name, self.words, self.program = name, argv, program
@@ -285,13 +286,23 @@ class Memory(Server):
         self.file = None
 
 
+class Loop(Memory):
+    """bench/loop, the least that a server in Go can be, on memory: a limit."""
+
+    keeps = False
+
+    def stored(self):
+        return {}
+
+
 BASE, AGAIN = "nbdkit raw", "nbdkit raw, again"
 AUTO, FASTEST = "cnbd auto", "cnbd zstd:fastest"
 ZSTD1, ZSTD3 = "Btrfs zstd:1", "Btrfs zstd:3"
+LOOP = "bare loop in memory"
 
 
-def all_servers(cnbd):
-    """Every server to compare, by the names that tables have."""
+def all_servers(cnbd, loop):
+    """Every server to compare, by the names that tables have; the programs of ours."""
     return [
         Cnbd(AUTO, cnbd, "--codec", "auto"),
         Cnbd(FASTEST, cnbd, "--codec", "zstd", "--level", "1"),
@@ -304,6 +315,7 @@ def all_servers(cnbd):
         Btrfs(ZSTD1, NBDKIT, "nbdkit", "zstd:1"),
         Btrfs(ZSTD3, NBDKIT, "nbdkit", "zstd:3"),
         Btrfs("Btrfs lzo", NBDKIT, "nbdkit", "lzo"),
+        Loop(LOOP, [loop, "-size", "{size}", "{socket}"], loop),
     ]
 
 

@@ -205,6 +205,14 @@ class Life:
     def live(self):
         root = self.sets["root"]
         inplace = [g for g in ("sequential", "read", "limited", "pairs", "mix", "write") if self.wants(g)]
+        if not self.server.keeps:
+            self.fresh(root)
+            with self.started("empty", writes=True) as s:
+                self.write("write", s, root)
+                self.reads(s, root)
+                self.results.pop("read cold", None)  # it was in memory
+                self.overwrite(s, root)
+            return
         if inplace:
             self.fresh(root)
             with self.started("empty", writes=True) as s:
