@@ -41,9 +41,10 @@ def options():
     parser.add_argument("--idle-max", type=float, help="most seconds to wait until a store changes no more (default 600)")
     parser.add_argument("--servers", help="names, or parts of them, with commas between (default: all)")
     parser.add_argument("--groups", help="of workloads, with commas between (default: all): " + "; ".join(f"{k}: {v}" for k, v in groups().items()))
+    parser.add_argument("--sets", help="of data beside root, with commas between (default: all): source, postgres, noise")
     parser.add_argument("--cnbd", help="the program (default: bin/cnbd, which is built)")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "peers.json"), help="the result file (default build/peers.json)")
-    parser.add_argument("--report", metavar="FILE", help="measure nothing, make the tables of a result file")
+    parser.add_argument("--report", metavar="FILE", nargs="+", help="measure nothing, make the tables of result files, together")
     parser.add_argument("--docs", metavar="FILE", help="put the tables between the marks in FILE instead of printing them")
     args = parser.parse_args()
     defaults = {"rounds": 3, "size": 1536, "seconds": 5, "pairs": 3000, "idle": 60, "idle_max": 600}
@@ -118,12 +119,19 @@ def round_of(n, args, chosen, sets, directory):
 def main():
     args = options()
     if args.report:
-        with open(args.report, encoding="utf-8") as f:
-            return show(args, json.load(f))
+        runs = []
+        for name in args.report:
+            with open(name, encoding="utf-8") as f:
+                runs.append(json.load(f))
+        return show(args, runs)
     args.groups = args.groups.split(",") if args.groups else list(groups())
     unknown = [g for g in args.groups if g not in groups()]
     if unknown:
         sys.exit("no such group: " + ", ".join(unknown))
+    args.sets = args.sets.split(",") if args.sets else list(MAKERS)
+    unknown = [s for s in args.sets if s not in MAKERS]
+    if unknown:
+        sys.exit("no such set of data: " + ", ".join(unknown))
     size = args.size * MIB
     # In bytes. A sixth of the data, as far as a server has room to run in it.
     args.limit, args.region = max(192 * MIB, size // 6), min(128 * MIB, size // 2)
@@ -149,7 +157,7 @@ def main():
 
         sets = {}
         for name in MAKERS:
-            if name == "root" or "data" in args.groups:
+            if name == "root" or "data" in args.groups and name in args.sets:
                 progress(f"data: {name}")
                 sets[name] = Dataset(name, os.path.join(directory, name), size if name == "root" else size // 3 // MIB * MIB)
         saved = {
@@ -167,12 +175,12 @@ def main():
             os.makedirs(os.path.dirname(os.path.abspath(args.out)), exist_ok=True)
             with open(args.out, "w", encoding="utf-8") as f:
                 json.dump(saved, f, indent=1)
-    return show(args, saved)
+    return show(args, [saved])
 
 
-def show(args, saved):
+def show(args, runs):
     """Prints the tables, or puts them into a document."""
-    text = report.tables(saved)
+    text = report.tables(runs)
     if not args.docs:
         print(text)
         return

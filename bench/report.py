@@ -7,10 +7,13 @@ from servers import AGAIN, AUTO, BASE, FASTEST, LOOP, ZSTD1, ZSTD3
 
 
 class Results:
-    """What was measured, by round, server, workload and figure."""
+    """What was measured, by round, server, workload and figure, in one run or in
+    several on one machine, such as one for times and one for what is stored."""
 
-    def __init__(self, saved):
-        self.saved, self.rounds = saved, saved["rounds"]
+    def __init__(self, runs):
+        self.machine = runs[0]["machine"]
+        self.rounds = [n | {"sets": run["sets"]} for run in runs for n in run["rounds"]]
+        self.names = list(dict.fromkeys(name for run in runs for name in run["servers"]))
 
     def get(self, n, server, workload, figure):
         """A figure of round n, or None where there is none."""
@@ -27,7 +30,7 @@ class Results:
         return [v for v in values if v is not None]
 
     def servers(self):
-        return [name for name in self.saved["servers"] if any(name in r["servers"] for r in self.rounds)]
+        return [name for name in self.names if any(name in r["servers"] for r in self.rounds)]
 
 
 def quotient(a, b):
@@ -67,7 +70,7 @@ def against(server, peer, workload, figure):
 
 def ratio(r, n, server, stored, data):
     """Data by live stored bytes; data is (workload) that has their amount, or None for that of the image."""
-    amount = r.get(n, server, data, "data") if data else r.saved["sets"]["root"]["data"]
+    amount = r.get(n, server, data, "data") if data else r.rounds[n]["sets"]["root"]["data"]
     return quotient(amount, r.get(n, server, stored, "live"))
 
 
@@ -83,18 +86,17 @@ def cpu(r, n, server, workload):
 
 def above_floor(r, n):
     """The pair without its round trips, by the disk's own least."""
-    floors = r.rounds[n].get("floors")
-    pair = r.get(n, AUTO, "pairs", "p50 us")
-    if not floors or pair is None:
+    least, pair = r.rounds[n]["floors"], r.get(n, AUTO, "pairs", "p50 us")
+    if pair is None:
         return None
-    disk = min(floors[f]["p50 us"] for f in floors if f.endswith("written space"))
-    return (pair - floors["two round trips (nbdkit memory)"]["p50 us"]) / disk
+    disk = min(least[f]["p50 us"] for f in least if f.endswith("written space"))
+    return (pair - least["two round trips (nbdkit memory)"]["p50 us"]) / disk
 
 
 def overhead(r):
     """What promise P6 allows with the defaults: cache, payloads, map, and the overhead
     of 64 MiB and 12 for each worker, of which there are two more than processors."""
-    return (256 + 64 + 32 + 64 + 12 * min(8, r.saved["machine"]["processors"] + 2)) * MIB
+    return (256 + 64 + 32 + 64 + 12 * min(8, r.machine["processors"] + 2)) * MIB
 
 
 def peak(r, n):
@@ -138,8 +140,7 @@ TARGETS = [
     Target("allocations per 4 KiB write", AT_MOST, 0, lambda r, n: r.get(n, AUTO, "write, depth 16", "allocations"), "%.3f"),
 ]
 
-# Title, then columns: head, workload, figure, form. A form with a ratio to nbdkit
-# is told by a capital letter in front.
+# Title, then columns: head, workload, figure, form; k in front is for thousands.
 TABLES = [
     ("Sequential, 1 MiB at depth 8, one connection (MiB/s)", [
         ("write + FLUSH", "write", "MiB/s", "%.0f"), ("read, cold", "read cold", "MiB/s", "%.0f"), ("read, warm", "read warm", "MiB/s", "%.0f"),
@@ -214,9 +215,9 @@ def stored(r):
 
 def floors(r):
     rows = []
-    for name in r.rounds[0].get("floors", {}):
-        values = [[n["floors"][name][p] for n in r.rounds] for p in ("p50 us", "p99 us")]
-        rows.append([name, spread(values[0], "%.0f"), spread(values[1], "%.0f")])
+    for name in r.rounds[0]["floors"]:
+        p50, p99 = ([n["floors"][name][p] for n in r.rounds] for p in ("p50 us", "p99 us"))
+        rows.append([name.replace("|", "\\|"), spread(p50, "%.0f"), spread(p99, "%.0f")])
     return markdown(["4 KiB", "p50 µs", "p99 µs"], rows)
 
 
@@ -241,16 +242,27 @@ def noise(r):
     return rows
 
 
-def tables(saved):
+def conditions(run):
+    """On what, how and when a run was made."""
+    o, m = run["options"], run["machine"]
+    sets = "; ".join(f"{name} {s['size'] / MIB:.0f} MiB with {s['data'] / MIB:.0f} of data" for name, s in run["sets"].items())
+
+    def percent(figure):
+        return ", ".join(f"{n[figure]:.0%}" for n in run["rounds"])
+
+    return (
+        f"* **{run['date']}**: `{run['command']}`\n"
+        f"  {m['processor']}, {m['processors']} processors, {m['memory'] / GIB:.0f} GiB of memory, Linux {m['kernel']}, {m['filesystem']} below; {', '.join(run['versions'])}.\n"
+        f"  Rounds: {len(run['rounds'])}; {o['seconds']:g} s for each random workload; memory limit {o['limit'] / MIB:.0f} MiB. Sets: {sets}.\n"
+        f"  Load when rounds began: {', '.join('%.1f' % n['load'] for n in run['rounds'])}; of the processors, others had {percent('others')} and the hypervisor {percent('stolen')}.\n"
+    )
+
+
+def tables(runs):
     """All of it, in Markdown."""
-    r = Results(saved)
-    o, m = saved["options"], saved["machine"]
-    sets = "; ".join(f"{name} {s['size'] / MIB:.0f} MiB with {s['data'] / MIB:.0f} of data" for name, s in saved["sets"].items())
-    loads = ", ".join("%.1f" % n["load"] for n in r.rounds)
+    r = Results(runs)
     out = [
-        f"{saved['date']}; {m['processor']}, {m['processors']} processors, {m['memory'] / GIB:.0f} GiB of memory, Linux {m['kernel']}, {m['filesystem']} below; {', '.join(saved['versions'])}.",
-        f"Command: `{saved['command']}`. Rounds: {len(r.rounds)}; {o['seconds']:g} s for each random workload; memory limit {o['limit'] / MIB:.0f} MiB. Sets: {sets}.",
-        f"Load of the machine at the start of each round: {loads}; processor time of others during the rounds: {', '.join('%.0f %%' % (100 * n['others']) for n in r.rounds)} of all, and {', '.join('%.0f %%' % (100 * n['stolen']) for n in r.rounds)} taken by the hypervisor.",
+        *map(conditions, runs),
         "\n### Target / reached\n",
         markdown(["measure", "to reach", "reached, median (least–most)", ""], [t.row(r) for t in TARGETS]),
     ]
@@ -260,8 +272,7 @@ def tables(saved):
         if used:
             out += [f"\n### {title}\n", markdown(["server"] + [columns[i - 1][0] for i in used], [[row[0]] + [row[i] for i in used] for row in rows])]
     out += ["\n### Processor time, memory, start, stop\n", costs(r), "\n### Data : stored\n", stored(r)]
-    if r.rounds[0].get("floors"):
-        out += ["\n### Floors of this machine\n", floors(r)]
+    out += ["\n### Floors of this machine\n", floors(r)]
     if distance(r):
         out += ["\n### Beside the least that a server in Go can be\n", markdown(["workload", f"{AUTO} / {LOOP}", f"{BASE} / {LOOP}"], distance(r))]
     if noise(r):
