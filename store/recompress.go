@@ -28,8 +28,9 @@ const (
 	// looks at most.
 	recompressParts = 1024
 
-	// recompressBurst is how long a turn goes on on a device in use: what it appends
-	// fills up a block of the file each time, so not for a single extent either.
+	// recompressBurst is after how long a turn on a device in use ends, with the
+	// extent at hand. What a turn appends is padded to a block of the file, so small
+	// extents do not get a turn each.
 	recompressBurst = 4 * time.Millisecond
 
 	// recompressGain is the least part of what an extent takes, as a divisor, that
