@@ -89,14 +89,14 @@ type boot struct {
 func (m *machine) boot(test string, settings map[string]string) *boot {
 	m.t.Helper()
 	m.boots++
-	words := []string{"console=ttyS0", "panic=-1", "quiet", "mitigations=off", "no_timer_check", "systemd.journald.max_level_console=notice", "vm.run=" + test}
+	words := []string{"console=ttyS0", "panic=-1", "quiet", "mitigations=off", "no_timer_check", "systemd.journald.max_level_console=info", "vm.run=" + test}
 	for _, unit := range needless {
 		words = append(words, "systemd.mask="+unit)
 	}
 	for _, k := range slices.Sorted(maps.Keys(settings)) {
 		words = append(words, "vm."+k+"="+settings[k])
 	}
-	cmd := exec.Command("nice", "-n", "19", "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Nehalem,+rdrand", "-smp", "2", "-m", "1024",
+	cmd := exec.Command("nice", "-n", "5", "qemu-system-x86_64", "-accel", "tcg,thread=multi,tb-size=256", "-cpu", "Nehalem,+rdrand", "-smp", "2", "-m", "1024",
 		"-no-user-config", "-nodefaults", "-display", "none", "-no-reboot",
 		"-kernel", filepath.Join(m.image, "vmlinuz"), "-initrd", filepath.Join(m.image, "initrd"), "-append", strings.Join(words, " "),
 		"-drive", "if=virtio,format=qcow2,cache=writeback,discard=unmap,file="+m.path("disk.qcow2"),

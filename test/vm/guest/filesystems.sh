@@ -18,7 +18,12 @@ detach() { # HOW DEVICE
 	nbd-client*) nbd-client -d "$2" ;;
 	*) cnbd detach "$2" ;;
 	esac
-	! [ -e "/sys/block/${2#/dev/}/pid" ]
+	local n
+	for ((n = 0; n < 100; n++)); do # nbd-client does not wait for udev to close it
+		[ -e "/sys/block/${2#/dev/}/pid" ] || return 0
+		sleep 0.1
+	done
+	return 1
 }
 
 use() { # FS DEVICE

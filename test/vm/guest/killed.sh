@@ -5,7 +5,10 @@
 step 'cnbd installed' install_cnbd
 attach_unit 0 ext4
 step 'attached' systemctl start cnbd.service cnbd-attach@nbd0.service
-step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mkdir -p /mnt/ext4 && mount /dev/nbd0 /mnt/ext4'
+mkdir -p /mnt/ext4
+echo '/dev/nbd0 /mnt/ext4 ext4 noauto,_netdev,x-systemd.requires=cnbd-attach@nbd0.service 0 0' >>/etc/fstab
+systemctl daemon-reload
+step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mount /mnt/ext4'
 
 protected() { # as docs/host.md says
 	local pid stat flags
@@ -23,12 +26,19 @@ protected() { # as docs/host.md says
 step 'all threads are IO flushers, memory is locked, the OOM killer kept away' protected
 
 say() { # as of run, and the number is kept
-	case $1 in synced) echo "$3" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
+	case $1 in 'synced '*) echo "${1##* }" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
 }
 echo 0 >/tmp/synced
 writer ext4 >/tmp/writer 2>&1 &
 writer=$!
-until read -r count </tmp/synced && [ "$count" -ge 20 ]; do sleep 0.2; done
+written() {
+	local count
+	until read -r count </tmp/synced && [ "$count" -ge 20 ]; do
+		[ -e "/proc/$writer" ] || { cat /tmp/writer; return 1; }
+		sleep 0.2
+	done
+}
+step '20 files are synced' written
 step 'server killed' systemctl kill --signal=KILL --kill-whom=main cnbd.service
 ended() { # the writer, with an error
 	wait "$writer"
@@ -52,8 +62,10 @@ stays_dead() {
 		refused 'Input/output error\|Read-only' sh -c 'echo new >/mnt/ext4/new && sync /mnt/ext4/new'
 }
 step 'the device stays dead' stays_dead
+# A mount that went away by itself would leave programs to write to the directory below.
+step 'nothing has been unmounted or detached' eval 'mountpoint /mnt/ext4 && systemctl is-active cnbd-attach@nbd0.service'
 step 'unmounted, detached' eval 'umount /mnt/ext4 && systemctl stop cnbd-attach@nbd0.service'
-step 'attached anew, mounted' eval 'systemctl start cnbd-attach@nbd0.service && mount /dev/nbd0 /mnt/ext4'
+step 'attached anew, mounted' eval 'systemctl start cnbd-attach@nbd0.service && mount /mnt/ext4'
 step "synced files are right ($count)" verify ext4 "$count"
 step 'unmounted, sound' eval 'umount /mnt/ext4 && check_filesystem ext4 /dev/nbd0'
 step 'detached' systemctl stop cnbd-attach@nbd0.service

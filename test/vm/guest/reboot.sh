@@ -44,6 +44,12 @@ if [ "$vm_boot" = 1 ]; then
 			systemctl start srv-ext4.mount && mountpoint /srv/ext4
 	}
 	step 'stopping the unit unmounts, detaches; starting the mount attaches' stop_and_start
+	server_stopped() {
+		systemctl stop cnbd.service && ! mountpoint -q /srv/ext4 && ! mountpoint -q /srv/xfs &&
+			! [ -e /sys/block/nbd0/pid ] && ! [ -e /sys/block/nbd1/pid ] &&
+			systemctl start cnbd.service srv-ext4.mount srv-xfs.mount && mounted_all
+	}
+	step 'stopping the server unmounts and detaches first' server_stopped
 else
 	step 'mounted at the start' mounted_all
 	step 'what was written is right' right
