@@ -81,8 +81,9 @@ printf '[Manager]\nDefaultTimeoutStartSec=300\nDefaultTimeoutStopSec=300\nDefaul
 cat >"$tree/etc/systemd/system/vm-run.service" <<'UNIT'
 [Unit]
 Description=The test of this boot
-# Idle: what the boot starts, mounts above all, is up or has failed before it.
-After=multi-user.target
+# What the boot starts is up or has failed before it; mounts with _netdev are not ordered
+# before multi-user.target.
+After=multi-user.target remote-fs.target
 SuccessAction=poweroff
 FailureAction=poweroff
 
@@ -104,6 +105,8 @@ mountpoint -q /payload || mount -o ro /dev/vdb /payload || exit
 exec /payload/run
 RUN
 chmod +x "$tree/usr/local/sbin/vm-run"
+# Nobody is there for a shell when a boot fails.
+printf '[Unit]\nDefaultDependencies=no\n[Service]\nType=oneshot\nExecStart=/bin/systemctl --force poweroff\n' >"$tree/etc/systemd/system/emergency.service"
 mkdir -p "$tree/etc/systemd/system/graphical.target.wants"
 ln -sf /lib/systemd/system/graphical.target "$tree/etc/systemd/system/default.target"
 ln -sf ../vm-run.service "$tree/etc/systemd/system/graphical.target.wants/vm-run.service"

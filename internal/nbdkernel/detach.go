@@ -61,6 +61,10 @@ func Detach(ctx context.Context, d Device, force bool) (dead bool, err error) {
 	if err != nil {
 		return false, fmt.Errorf("detach: %w", err)
 	}
+	if err := lock(ctx, f); err != nil {
+		f.Close()
+		return false, errors.Join(&InUseError{d, []string{"locked by another program"}}, err)
+	}
 	if err := f.Sync(); err != nil {
 		if dead = d.dead(); !dead && !force {
 			f.Close()
@@ -80,6 +84,23 @@ func Detach(ctx context.Context, d Device, force bool) (dead bool, err error) {
 		}
 	}
 	return dead, nil
+}
+
+// lock takes the lock by which udev and partitioning programs keep away from a block
+// device (flock(2)), so that udev does not read a device that is on its way out, which
+// is an I/O error in the kernel's log.
+func lock(ctx context.Context, f *os.File) error {
+	for {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if !errors.Is(err, unix.EWOULDBLOCK) && !errors.Is(err, unix.EINTR) {
+			return os.NewSyscallError("flock", err)
+		}
+		select { // udev lets go when it has looked
+		case <-ctx.Done():
+			return fmt.Errorf("flock: %w", ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 // dead tells whether the device answers nothing any more: not even its first block

@@ -2,6 +2,7 @@ package nbdkernel
 
 import (
 	"bytes"
+	"context"
 	"encoding/binary"
 	"errors"
 	"os"
@@ -9,6 +10,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 func TestParseDevice(t *testing.T) {
@@ -72,6 +75,42 @@ func TestAttributes(t *testing.T) {
 	)
 	if !bytes.Equal(got, want) {
 		t.Errorf("for a resize\n%x, want\n%x", got, want)
+	}
+}
+
+// A device that udev or another looks at is detached when they have let go.
+func TestLock(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "device")
+	open := func() *os.File {
+		f, err := os.Create(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	other, own := open(), open()
+	if err := unix.Flock(int(other.Fd()), unix.LOCK_SH); err != nil {
+		t.Fatal(err)
+	}
+	ended, cancel := context.WithCancel(t.Context())
+	cancel()
+	if err := lock(ended, own); !errors.Is(err, context.Canceled) {
+		t.Errorf("locked by another: %v, want %v", err, context.Canceled)
+	}
+	done := make(chan error)
+	go func() { done <- lock(t.Context(), own) }()
+	select {
+	case err := <-done:
+		t.Fatalf("has not waited: %v", err)
+	case <-time.After(30 * time.Millisecond):
+	}
+	other.Close()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if err := unix.Flock(int(open().Fd()), unix.LOCK_SH|unix.LOCK_NB); !errors.Is(err, unix.EWOULDBLOCK) {
+		t.Errorf("a third may have it as well: %v", err)
 	}
 }
 

@@ -21,9 +21,6 @@ import (
 	"cnbd/internal/disktest"
 )
 
-// bootMax is the longest time of one boot with its test.
-const bootMax = 15 * time.Minute
-
 // needless are units of Debian's that are masked: emulation makes each of them
 // seconds.
 var needless = []string{"systemd-binfmt.service", "systemd-logind.service", "systemd-user-sessions.service", "systemd-sysusers.service",
@@ -40,7 +37,8 @@ type machine struct {
 	t       *testing.T
 	image   string // directory of what scripts/vm-image.sh has made
 	dir     string
-	console string // file that has what all boots have printed
+	console string        // file that has what all boots have printed
+	bootMax time.Duration // longest time of one boot with its test
 	boots   int
 }
 
@@ -48,11 +46,11 @@ type machine struct {
 // is no image.
 func newMachine(t *testing.T) *machine {
 	t.Helper()
-	m := &machine{t: t, image: os.Getenv("CNBD_VM"), dir: t.TempDir()}
+	m := &machine{t: t, image: os.Getenv("CNBD_VM"), dir: t.TempDir(), bootMax: 15 * time.Minute}
 	if m.image == "" {
 		t.Skip("CNBD_VM names no image: make test-vm")
 	}
-	m.console = filepath.Join(m.image, "log", t.Name()) // kept, to be read afterwards
+	m.console = filepath.Join(m.image, "log", t.Name()) // kept, to be read while it runs and afterwards
 	if err := os.MkdirAll(filepath.Dir(m.console), 0o755); err != nil {
 		t.Fatal(err)
 	}
@@ -112,7 +110,7 @@ func (m *machine) boot(test string, settings map[string]string) *boot {
 		m.t.Fatal(err)
 	}
 	b := &boot{m: m, cmd: cmd, lines: make(chan string, 1024)}
-	b.timer = time.AfterFunc(bootMax, func() { _ = cmd.Process.Kill() })
+	b.timer = time.AfterFunc(m.bootMax, func() { _ = cmd.Process.Kill() })
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
@@ -185,10 +183,10 @@ func (b *boot) wait() {
 		return true
 	})
 	if !passed {
-		t.Fatalf("the machine has ended before its test, or has taken longer than %v", bootMax)
+		t.Fatalf("the machine has ended before its test, or has taken longer than %v", b.m.bootMax)
 	}
 	if !b.timer.Stop() {
-		t.Fatalf("the test has passed, but the machine has not gone off in %v", bootMax)
+		t.Fatalf("the test has passed, but the machine has not gone off in %v", b.m.bootMax)
 	}
 	t.Logf("off %.0f s after the test", time.Since(end).Seconds())
 }
@@ -200,7 +198,7 @@ func (m *machine) quiet() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
-	for _, bad := range []string{"I/O error", "blocked for more than", "Failed unmounting", "Failed to start", "Failed with result", "WARNING: CPU", "BUG:", "Oops"} {
+	for _, bad := range []string{"I/O error", "Connection timed out", "blocked for more than", "Failed unmounting", "Failed to start", "Failed with result", "WARNING: CPU", "BUG:", "Oops"} {
 		for line := range strings.Lines(string(text)) {
 			if strings.Contains(line, bad) {
 				m.t.Errorf("console: %s", strings.TrimSpace(line))
@@ -211,6 +209,7 @@ func (m *machine) quiet() {
 
 func TestFilesystems(t *testing.T) {
 	m := newMachine(t)
+	m.bootMax *= 3
 	m.boot("filesystems", map[string]string{"seed": strconv.FormatUint(disktest.Seed(t)%(1<<31), 10)}).wait()
 	m.quiet()
 }
@@ -222,6 +221,13 @@ func TestReboot(t *testing.T) {
 		m.boot("reboot", map[string]string{"boot": strconv.Itoa(n), "end": "reboot"}).wait()
 		m.quiet()
 	}
+}
+
+// TestAttach attaches and detaches two devices at once.
+func TestAttach(t *testing.T) {
+	m := newMachine(t)
+	m.boot("attach", map[string]string{"count": strconv.Itoa(20 * disktest.Scale(t))}).wait()
+	m.quiet()
 }
 
 // TestServerKilled kills the server of a mounted filesystem.
@@ -271,4 +277,16 @@ func TestPowerCut(t *testing.T) {
 	}
 	synced["boot"], synced["last"] = fmt.Sprint(cuts+1), "yes"
 	m.boot("cut", synced).wait()
+}
+
+// TestMemory writes 1 GiB, or 4 with a larger count, to a filesystem on a device whose
+// server has 256 MiB together with the writer and the page cache.
+func TestMemory(t *testing.T) {
+	m := newMachine(t)
+	gib := min(4, disktest.Scale(t))
+	m.bootMax *= time.Duration(gib)
+	m.boot("memory", map[string]string{
+		"seed": strconv.FormatUint(disktest.Seed(t)%(1<<31), 10), "mib": strconv.Itoa(gib << 10),
+	}).wait()
+	m.quiet()
 }

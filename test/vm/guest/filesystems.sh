@@ -15,15 +15,10 @@ attach() { # HOW FS DEVICE
 
 detach() { # HOW DEVICE
 	case $1 in
-	nbd-client*) nbd-client -d "$2" ;;
+	nbd-client*) flock "$2" nbd-client -d "$2" ;; # udev keeps away meanwhile
 	*) cnbd detach "$2" ;;
 	esac
-	local n
-	for ((n = 0; n < 100; n++)); do # nbd-client does not wait for udev to close it
-		[ -e "/sys/block/${2#/dev/}/pid" ] || return 0
-		sleep 0.1
-	done
-	return 1
+	! [ -e "/sys/block/${2#/dev/}/pid" ]
 }
 
 use() { # FS DEVICE

@@ -21,6 +21,7 @@ protected() { # as docs/host.md says
 		# PF_MEMALLOC_NOIO and PF_LOCAL_THROTTLE
 		((flags & 0x80000 && flags & 0x100000)) || { echo "$stat: $flags"; return 1; }
 	done
+	[ "$(cat "/proc/$pid/comm")" = cnbd ] || return
 	! journalctl -b -u cnbd.service -o cat --no-pager | grep 'may hang when memory is short'
 }
 step 'all threads are IO flushers, memory is locked, the OOM killer kept away' protected
@@ -64,9 +65,19 @@ stays_dead() {
 step 'the device stays dead' stays_dead
 # A mount that went away by itself would leave programs to write to the directory below.
 step 'nothing has been unmounted or detached' eval 'mountpoint /mnt/ext4 && systemctl is-active cnbd-attach@nbd0.service'
-step 'unmounted, detached' eval 'umount /mnt/ext4 && systemctl stop cnbd-attach@nbd0.service'
-step 'attached anew, mounted' eval 'systemctl start cnbd-attach@nbd0.service && mount /mnt/ext4'
+anew() { # as docs/attach.md says: the mount, which requires the unit, goes with it
+	systemctl restart cnbd-attach@nbd0.service && mountpoint /mnt/ext4 && touch /mnt/ext4/alive
+}
+step 'unmounted, detached, attached, mounted by one restart of the unit' anew
 step "synced files are right ($count)" verify ext4 "$count"
 step 'unmounted, sound' eval 'umount /mnt/ext4 && check_filesystem ext4 /dev/nbd0'
-step 'detached' systemctl stop cnbd-attach@nbd0.service
 step 'no failed unit' no_failed_units
+
+removal() { # not while a device is in use; stores are kept
+	local mount=/root/mount # none of fstab, which would be unmounted
+	mkdir -p $mount && mount /dev/nbd0 $mount || return
+	refused 'nbd0 is in use' dpkg --remove cnbd && touch $mount/alive && systemctl is-active cnbd.service || return
+	umount $mount && cnbd detach /dev/nbd0 && cp /usr/bin/cnbd /tmp && dpkg --remove cnbd || return
+	! [ -e /usr/bin/cnbd ] && ! pgrep -x cnbd && dpkg --purge cnbd && /tmp/cnbd check --data /var/lib/cnbd/ext4.cnbd
+}
+step 'the package is removed when no device is in use, stores are kept' removal
