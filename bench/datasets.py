@@ -161,15 +161,23 @@ MAKERS = {"root": root, "source": source, "postgres": postgres, "noise": noise}
 
 
 class Dataset:
-    """A file to be copied to a device, and which of its blocks are not zero."""
+    """A file to be copied to a device, and which of its blocks are not zero. It is
+    made in directory unless it is there from an earlier run."""
 
-    def __init__(self, name, path, size):
-        self.name, self.path = name, path
-        MAKERS[name](path, size)
-        self.size = os.path.getsize(path)
+    def __init__(self, name, directory, size):
+        self.name, self.path = name, os.path.join(directory, f"{name}-{size // MIB}")
+        if not os.path.exists(self.path):
+            making = self.path + ".new"
+            try:
+                MAKERS[name](making, size)
+                os.rename(making, self.path)
+            finally:
+                if os.path.exists(making):
+                    os.unlink(making)
+        self.size = os.path.getsize(self.path)
         self.filled = []  # numbers of the blocks that are not zero
         zero = bytes(BLOCK)
-        with open(path, "rb") as f:
+        with open(self.path, "rb") as f:
             for n in range(self.size // BLOCK):
                 if f.read(BLOCK) != zero:
                     self.filled.append(n)

@@ -42,6 +42,7 @@ def options():
     parser.add_argument("--servers", help="names, or parts of them, with commas between (default: all)")
     parser.add_argument("--groups", help="of workloads, with commas between (default: all): " + "; ".join(f"{k}: {v}" for k, v in groups().items()))
     parser.add_argument("--sets", help="of data beside root, with commas between (default: all): source, postgres, noise")
+    parser.add_argument("--data", metavar="DIR", help="keep the sets in DIR, and take them from there the next time (default: they are removed)")
     parser.add_argument("--cnbd", help="the program (default: bin/cnbd, which is built)")
     parser.add_argument("--out", default=os.path.join(ROOT, "build", "peers.json"), help="the result file (default build/peers.json)")
     parser.add_argument("--report", metavar="FILE", nargs="+", help="measure nothing, make the tables of result files, together")
@@ -155,11 +156,14 @@ def main():
             cleanups.callback(s.remove)
         cleanups.callback(lambda: [signal.signal(n, signal.SIG_IGN) for n in (signal.SIGINT, signal.SIGTERM)])
 
-        sets = {}
+        sets, data = {}, directory
+        if args.data:
+            data = os.path.abspath(args.data)
+            os.makedirs(data, exist_ok=True)
         for name in MAKERS:
             if name == "root" or "data" in args.groups and name in args.sets:
                 progress(f"data: {name}")
-                sets[name] = Dataset(name, os.path.join(directory, name), size if name == "root" else size // 3 // MIB * MIB)
+                sets[name] = Dataset(name, data, size if name == "root" else size // 3 // MIB * MIB)
         saved = {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
             "command": shlex.join([os.path.relpath(__file__, ROOT)] + sys.argv[1:]),

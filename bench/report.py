@@ -101,12 +101,13 @@ def overhead(r):
 
 def peak(r, n):
     """Most memory of any of the lives with default limits."""
-    lives = ("empty", "with data", "overwritten", "copied", "copied out")
-    peaks = [r.get(n, AUTO, life, "peak") for life in lives]
+    peaks = [r.get(n, AUTO, life, "peak") for life in LIVES]
     peaks = [p for p in peaks if p is not None]
     return max(peaks) / overhead(r) if peaks else None
 
 
+# Those with the limits of memory that are the default.
+LIVES = ("empty", "with data", "overwritten", "copied", "copied out", "storm", "with source", "with postgres", "with noise")
 AT_LEAST, AT_MOST = True, False
 FOUR = [(1, "mix, depth 1, connections "), (16, "mix, depth 16, connections ")]
 
@@ -187,7 +188,7 @@ def costs(r):
             return " / ".join(medians(r, lambda n, l=l: r.get(n, s, l, figure), "%.0f") for l in lives)
 
         def most(n):
-            peaks = [r.get(n, s, l, "peak") for l in ("empty", "with data", "overwritten", "copied", "copied out")]
+            peaks = [r.get(n, s, l, "peak") for l in LIVES]
             return max((p for p in peaks if p is not None), default=None)
 
         peaks = r.each(most)

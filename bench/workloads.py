@@ -233,11 +233,12 @@ class Life:
                 warm(root.path)
                 self.measure("copy in", lambda: timed_copy(s, root.size, "--flush", root.path, s.uri))
                 self.measure("stored, copied", self.server.stored)
-                if self.wants("storm"):
-                    self.storms(s, root)
             if self.wants("copy"):
                 with self.started("copied out") as s:
                     self.measure("copy out", lambda: timed_copy(s, root.size, s.uri, "null:"))
+            if self.wants("storm"):
+                with self.started("storm", writes=True) as s:
+                    self.storms(s, root)
         if self.wants("data"):
             for name, data in self.sets.items():
                 if name != "root":
