@@ -235,6 +235,14 @@ func TestServerKilled(t *testing.T) {
 	newMachine(t).boot("killed", nil).wait()
 }
 
+// TestRestart restarts the server of a mounted filesystem in good order, and has its
+// device grow.
+func TestRestart(t *testing.T) {
+	m := newMachine(t)
+	m.boot("restart", nil).wait()
+	m.quiet()
+}
+
 // TestPowerCut ends the emulator while three filesystems are written to.
 func TestPowerCut(t *testing.T) {
 	m := newMachine(t)

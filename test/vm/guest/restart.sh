@@ -1,0 +1,51 @@
+# A clean restart of the server below a mounted filesystem that is written to is a
+# pause, by cnbd attach --reconnect; and the device grows in use.
+
+step 'cnbd installed' install_cnbd
+attach_unit 0 ext4
+step 'attached' systemctl start cnbd.service cnbd-attach@nbd0.service
+mkdir -p /mnt/ext4
+step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mount /dev/nbd0 /mnt/ext4'
+
+say() { # as of run, and the number is kept
+	case $1 in 'synced '*) echo "${1##* }" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
+}
+echo 0 >/tmp/synced
+writer ext4 >/tmp/writer 2>&1 &
+writer=$!
+more() { # 10 files more are synced
+	local from count
+	read -r from </tmp/synced
+	until read -r count </tmp/synced && [ "$count" -ge $((from + 10)) ]; do
+		[ -e "/proc/$writer" ] || { cat /tmp/writer; return 1; }
+		sleep 0.1
+	done
+}
+step 'files are synced' more
+for n in 1 2 3; do
+	step "restart $n" systemctl restart cnbd.service
+	step 'files are synced' more
+	sleep 0.$((n * 3))
+done
+step 'restarted with SIGTERM to the server alone' eval 'systemctl kill --kill-whom=main cnbd.service; sleep 1; systemctl start cnbd.service'
+step 'files are synced' more
+journalctl -b -u cnbd-attach@nbd0.service -o cat --no-pager | grep 'connected again' | while read -r line; do say "note $line"; done
+again() { [ "$(journalctl -b -u cnbd-attach@nbd0.service -o cat --no-pager | grep -c 'connected again')" -ge 4 ]; }
+step 'connected again each time' again
+
+grow() {
+	cnbd resize --size 800MiB --config /etc/cnbd/cnbd.yaml ext4 && cnbd attach --resize /dev/nbd0 "$(uri ext4)" &&
+		resize2fs /dev/nbd0 && [ "$(df --output=size -m /mnt/ext4 | tail -n 1)" -ge 700 ] &&
+		dd if=/dev/urandom of=/mnt/ext4/large bs=1M count=400 status=none conv=fsync
+}
+step 'grown in use' grow
+step 'files are synced' more
+kill $writer
+wait $writer
+count=$(cat /tmp/synced)
+step "synced files are right ($count)" verify ext4 "$count"
+step 'unmounted, sound' eval 'umount /mnt/ext4 && check_filesystem ext4 /dev/nbd0'
+watching() { [ "$(systemctl show -P ActiveState cnbd-attach@nbd0.service)" = active ]; }
+step 'still watched' watching
+step 'detached' systemctl stop cnbd-attach@nbd0.service
+step 'no failed unit' no_failed_units
