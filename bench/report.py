@@ -208,7 +208,8 @@ def stored(r):
             dead = r.each(lambda n: quotient(r.get(n, s, name, "garbage"), r.get(n, s, name, "live")))
             host = r.each(lambda n: quotient(r.get(n, s, name, "host"), r.get(n, s, name, "live")))
             if s.startswith("cnbd") and host:
-                text += f" (+{statistics.median(dead):.0%} dead; host {statistics.median(host):.2f})"
+                settled = r.each(lambda n: r.get(n, s, name, "settled"))
+                text += f" (+{statistics.median(dead):.0%} dead; host {statistics.median(host):.2f}" + ("" if all(settled) else "; still changing") + ")"
             row.append(text)
         rows.append(row)
     return markdown(["server"] + [s[0] for s in states], rows)
@@ -239,7 +240,7 @@ def noise(r):
         for _, workload, figure, _ in columns:
             values = r.each(lambda n: quotient(r.get(n, AGAIN, workload, figure), r.get(n, BASE, workload, figure)))
             if values:
-                rows.append([workload + (", " + figure if "p" in figure else ""), spread(values, "%.2f")])
+                rows.append([workload + (", " + figure if figure.endswith(" us") else ""), spread(values, "%.2f")])
     return rows
 
 
