@@ -35,7 +35,7 @@ type attachment struct {
 }
 
 func newAttach() *cobra.Command {
-	a := attachment{blockSize: 512, requestMax: config.MiB, wait: 30 * time.Second}
+	a := attachment{blockSize: 512, requestMax: config.MiB, timeout: 2 * time.Minute, wait: 30 * time.Second}
 	cmd := &cobra.Command{
 		Use:   "attach DEVICE URI",
 		Short: "Attach an export to a device of the kernel",
@@ -86,7 +86,7 @@ func newAttach() *cobra.Command {
 			if a.reconnect {
 				return a.keep(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 			}
-			_, _, err = a.attach(cmd.Context(), cmd.OutOrStdout())
+			_, _, err = a.attach(cmd.Context(), cmd.OutOrStdout(), cmd.ErrOrStderr())
 			return err
 		},
 	}
@@ -94,7 +94,7 @@ func newAttach() *cobra.Command {
 	f.IntVar(&a.connections, "connections", 0, "connections to the server, up to 64 (0: 2 if the server takes several)")
 	f.TextVar(&a.blockSize, "block-size", a.blockSize, "`SIZE` that the device's requests are multiples of: 512 to 4KiB")
 	f.TextVar(&a.requestMax, "request-max", a.requestMax, "largest `SIZE` of a request")
-	f.DurationVar(&a.timeout, "timeout", 0, "whole seconds until a request that is not answered fails, and its connection with it (0: never)")
+	f.DurationVar(&a.timeout, "timeout", a.timeout, "whole seconds until a connection is given up that does not answer a request (0: never if it is one, 30s if there are several)")
 	f.DurationVar(&a.deadTimeout, "dead-connection-timeout", 0, "whole seconds that requests wait for another connection when all are dead")
 	f.BoolVar(&a.reconnect, "reconnect", false, "stay, and connect again when the server was restarted in good order")
 	f.BoolVar(&a.resize, "resize", false, "DEVICE is attached, and the export has become larger: tell the kernel its size")
@@ -124,8 +124,19 @@ func (a *attachment) validate() error {
 }
 
 // attach attaches, and returns the number of connections and, if it is needed, the run
-// of the server.
-func (a *attachment) attach(ctx context.Context, stdout io.Writer) (connections int, r *run, err error) {
+// of the server. It is done again where a connection does not answer, with more patience.
+func (a *attachment) attach(ctx context.Context, stdout, stderr io.Writer) (connections int, r *run, err error) {
+	for patience := min(a.wait, 3*time.Second); ; patience = min(a.wait, 4*patience) {
+		connections, r, err = a.attachOnce(ctx, stdout, patience)
+		if !errors.Is(err, nbdkernel.ErrSilent) || patience >= a.wait || ctx.Err() != nil {
+			return connections, r, err
+		}
+		fmt.Fprintf(stderr, "cnbd: %v, attaching again\n", err)
+	}
+}
+
+// attachOnce is attach, once; the device may take as long as patience to be ready.
+func (a *attachment) attachOnce(ctx context.Context, stdout io.Writer, patience time.Duration) (connections int, r *run, err error) {
 	if a.device.Attached() {
 		err := fmt.Errorf("attach %v: %w", a.device, nbdkernel.ErrBusy)
 		if to := a.device.Backend(); to != "" {
@@ -178,16 +189,16 @@ func (a *attachment) attach(ctx context.Context, stdout io.Writer) (connections 
 	if err := nbdkernel.Connect(a.device, c); err != nil {
 		return 0, nil, err
 	}
-	ready, cancel := context.WithTimeout(ctx, a.wait)
+	ready, cancel := context.WithTimeout(ctx, patience)
 	defer cancel()
 	err = a.device.WaitReady(ready, c.Size)
 	if err == nil {
 		err = a.device.SetRequestMax(int64(requestMax))
 	}
 	if err != nil {
-		// Nobody has used it yet, so nothing is lost.
-		_, undo := nbdkernel.Detach(ctx, a.device, true)
-		return 0, nil, errors.Join(err, undo)
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), a.wait)
+		defer cancel()
+		return 0, nil, errors.Join(err, nbdkernel.Abandon(ctx, a.device))
 	}
 	fmt.Fprintf(stdout, "%v: %v, %d connections\n", a.device, config.Size(c.Size), len(c.Sockets))
 	return len(c.Sockets), r, nil

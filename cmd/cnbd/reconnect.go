@@ -125,7 +125,7 @@ func (a *attachment) keep(ctx context.Context, stdout, stderr io.Writer) error {
 		return err
 	}
 	defer watch.Close()
-	n, r, err := a.attach(ctx, stdout)
+	n, r, err := a.attach(ctx, stdout, stderr)
 	if err != nil {
 		return err
 	}

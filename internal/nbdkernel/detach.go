@@ -76,14 +76,27 @@ func Detach(ctx context.Context, d Device, force bool) (dead bool, err error) {
 	if err != nil {
 		return dead, fmt.Errorf("detach %v: %w", d, err)
 	}
+	return dead, d.waitDetached(ctx)
+}
+
+// Abandon detaches d, which nobody has used yet: nothing is flushed.
+func Abandon(ctx context.Context, d Device) error {
+	if err := GiveUp(d); err != nil {
+		return err
+	}
+	return d.waitDetached(ctx)
+}
+
+// waitDetached waits until the kernel has let go of d, which is disconnected.
+func (d Device) waitDetached(ctx context.Context) error {
 	for d.Attached() {
 		select {
 		case <-ctx.Done():
-			return dead, fmt.Errorf("%v is detached, but somebody still has it open: %w", d, ctx.Err())
+			return fmt.Errorf("%v is detached, but somebody still has it open: %w", d, ctx.Err())
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	return dead, nil
+	return nil
 }
 
 // lock takes the lock by which udev and partitioning programs keep away from a block
@@ -111,13 +124,7 @@ func (d Device) dead() bool {
 		return false
 	}
 	defer f.Close()
-	block, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON) // aligned
-	if err != nil {
-		return false
-	}
-	defer unix.Munmap(block)
-	_, err = f.ReadAt(block, 0)
-	return errors.Is(err, unix.EIO)
+	return errors.Is(readFirst(f), unix.EIO)
 }
 
 // users tells who holds d or a partition of it, by the files of proc and sys,

@@ -12,9 +12,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strconv"
 	"strings"
 	"time"
@@ -58,6 +60,13 @@ var (
 	ErrPermission = errors.New("not permitted, it takes root (CAP_SYS_ADMIN)")
 	// ErrNotAttached is that nothing is attached to the device.
 	ErrNotAttached = errors.New("nothing is attached")
+	// ErrSilent is that a connection has been handed to the kernel and nothing comes
+	// back over it. That is the server's doing, or the kernel's: it receives by a thread
+	// for each connection that it starts then, and where starting threads is slow (10
+	// ms) gives all connections to a single one, which never gets to the second (Linux
+	// 6.1; the rescuer of a work queue). The threads stay for some minutes, so that
+	// attaching again helps.
+	ErrSilent = errors.New("a connection does not answer")
 )
 
 // A Device is a device of the driver, by its number.
@@ -243,12 +252,16 @@ func (d Device) Size() (uint64, error) {
 }
 
 // WaitReady waits until the attached device shows its size and the first block
-// can be read.
+// has been read over each of its connections. It is [ErrSilent] if one has not
+// answered when ctx ends: reads still wait for it then, until d is disconnected.
 func (d Device) WaitReady(ctx context.Context, size uint64) error {
 	for {
-		err := d.ready(size)
+		n, err := d.Size()
+		if err == nil && n == size {
+			break
+		}
 		if err == nil {
-			return nil
+			err = fmt.Errorf("it has %d bytes, not %d", n, size)
 		}
 		select { // nothing tells of it but udev, which need not be there
 		case <-ctx.Done():
@@ -256,23 +269,80 @@ func (d Device) WaitReady(ctx context.Context, size uint64) error {
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-}
-
-func (d Device) ready(size uint64) error {
-	n, err := d.Size()
+	cpus, err := processors(d.sysfs("mq"))
 	if err != nil {
 		return err
 	}
-	if n != size {
-		return fmt.Errorf("it has %d bytes, not %d", n, size)
+	answers := make(chan error, len(cpus))
+	for _, cpu := range cpus {
+		go func() { answers <- d.readOn(cpu) }()
 	}
-	f, err := os.Open(d.String())
+	for range cpus {
+		select {
+		case err := <-answers:
+			if err != nil {
+				return fmt.Errorf("%v does not get ready: %w", d, err)
+			}
+		case <-ctx.Done():
+			return fmt.Errorf("%v: %w", d, ErrSilent)
+		}
+	}
+	return nil
+}
+
+// processors is one processor for each hardware queue of a device, whose directory
+// of queues is mq. A queue is a connection, and takes the requests of its processors.
+func processors(mq string) ([]int, error) {
+	lists, err := filepath.Glob(filepath.Join(mq, "*", "cpu_list"))
+	if err != nil {
+		return nil, err
+	}
+	var cpus []int
+	for _, path := range lists {
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return nil, err
+		}
+		first, _, _ := strings.Cut(strings.TrimSpace(string(b)), ",")
+		if first == "" {
+			continue // never used
+		}
+		cpu, err := strconv.Atoi(first)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+		cpus = append(cpus, cpu)
+	}
+	return cpus, nil
+}
+
+// readOn reads the first block over the connection that serves a processor.
+func (d Device) readOn(cpu int) error {
+	runtime.LockOSThread() // for good: the thread ends with the goroutine
+	var set unix.CPUSet
+	set.Set(cpu)
+	if err := unix.SchedSetaffinity(0, &set); err != nil && !errors.Is(err, unix.EINVAL) { // EINVAL: not for us to use
+		return os.NewSyscallError("sched_setaffinity", err)
+	}
+	f, err := os.OpenFile(d.String(), os.O_RDONLY|unix.O_DIRECT, 0)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	_, err = f.ReadAt(make([]byte, min(size, 4096)), 0)
-	return err
+	return readFirst(f)
+}
+
+// readFirst reads the first block of a device that is open for direct I/O.
+func readFirst(f *os.File) error {
+	block, err := unix.Mmap(-1, 0, 4096, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANON) // aligned
+	if err != nil {
+		return os.NewSyscallError("mmap", err)
+	}
+	defer unix.Munmap(block)
+	if _, err := f.ReadAt(block, 0); err != io.EOF { // of a device that is smaller
+		return err
+	}
+	return nil
 }
 
 // SetRequestMax sets how large a request the kernel makes, in bytes, as far as the

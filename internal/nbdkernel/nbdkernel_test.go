@@ -78,6 +78,21 @@ func TestAttributes(t *testing.T) {
 	}
 }
 
+// Each connection is tried by a processor that it serves.
+func TestProcessors(t *testing.T) {
+	mq := t.TempDir()
+	for queue, list := range map[string]string{"0": "1, 3\n", "1": "0, 2\n", "2": "\n", "3": "12\n"} {
+		dir := filepath.Join(mq, queue)
+		if err := errors.Join(os.Mkdir(dir, 0o755), os.WriteFile(filepath.Join(dir, "cpu_list"), []byte(list), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	got, err := processors(mq)
+	if want := []int{1, 0, 12}; err != nil || !slices.Equal(got, want) {
+		t.Errorf("%v, %v, want %v", got, err, want)
+	}
+}
+
 // A device that udev or another looks at is detached when they have let go.
 func TestLock(t *testing.T) {
 	path := filepath.Join(t.TempDir(), "device")

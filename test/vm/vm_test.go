@@ -198,9 +198,12 @@ func (m *machine) quiet() {
 	if err != nil {
 		m.t.Fatal(err)
 	}
+	// A device that was attached again, because a connection of it did not answer, has
+	// failed the reads of udev. It was of no use to anybody yet.
+	retried := strings.Contains(string(text), "attaching again")
 	for _, bad := range []string{"I/O error", "Connection timed out", "blocked for more than", "Failed unmounting", "Failed to start", "Failed with result", "WARNING: CPU", "BUG:", "Oops"} {
 		for line := range strings.Lines(string(text)) {
-			if strings.Contains(line, bad) {
+			if strings.Contains(line, bad) && !(retried && (strings.Contains(line, "op 0x0:(READ)") || strings.Contains(line, "async page read"))) {
 				m.t.Errorf("console: %s", strings.TrimSpace(line))
 			}
 		}

@@ -38,7 +38,6 @@ if [ "$vm_boot" = 1 ]; then
 	step 'cnbd installed' install_cnbd
 	step 'service started and enabled' systemctl enable --now cnbd.service
 	step 'attached' attach_all
-	step 'made' make_all
 else
 	step 'service is up' systemctl is-active cnbd.service
 	step 'attached' attach_all

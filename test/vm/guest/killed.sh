@@ -26,20 +26,8 @@ protected() { # as docs/host.md says
 }
 step 'all threads are IO flushers, memory is locked, the OOM killer kept away' protected
 
-say() { # as of run, and the number is kept
-	case $1 in 'synced '*) echo "${1##* }" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
-}
-echo 0 >/tmp/synced
-writer ext4 >/tmp/writer 2>&1 &
-writer=$!
-written() {
-	local count
-	until read -r count </tmp/synced && [ "$count" -ge 20 ]; do
-		[ -e "/proc/$writer" ] || { cat /tmp/writer; return 1; }
-		sleep 0.2
-	done
-}
-step '20 files are synced' written
+start_writer
+step '20 files are synced' written 20
 step 'server killed' systemctl kill --signal=KILL --kill-whom=main cnbd.service
 ended() { # the writer, with an error
 	wait "$writer"
@@ -64,7 +52,16 @@ stays_dead() {
 }
 step 'the device stays dead' stays_dead
 # A mount that went away by itself would leave programs to write to the directory below.
-step 'nothing has been unmounted or detached' eval 'mountpoint /mnt/ext4 && systemctl is-active cnbd-attach@nbd0.service'
+step 'nothing has been unmounted' mountpoint /mnt/ext4
+told() { # by the unit, which has given the device up
+	local n
+	for ((n = 0; n < 30; n++)); do
+		! systemctl is-failed cnbd-attach@nbd0.service || break
+		sleep 1
+	done
+	systemctl is-failed cnbd-attach@nbd0.service && journalctl -b -u cnbd-attach@nbd0.service -o cat --no-pager | grep 'answers with errors from now on'
+}
+step 'the log of the unit says why' told
 anew() { # as docs/attach.md says: the mount, which requires the unit, goes with it
 	systemctl restart cnbd-attach@nbd0.service && mountpoint /mnt/ext4 && touch /mnt/ext4/alive
 }

@@ -7,20 +7,8 @@ step 'attached' systemctl start cnbd.service cnbd-attach@nbd0.service
 mkdir -p /mnt/ext4
 step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mount /dev/nbd0 /mnt/ext4'
 
-say() { # as of run, and the number is kept
-	case $1 in 'synced '*) echo "${1##* }" >/tmp/synced ;; *) echo "$*" >&3 ;; esac
-}
-echo 0 >/tmp/synced
-writer ext4 >/tmp/writer 2>&1 &
-writer=$!
-more() { # 10 files more are synced
-	local from count
-	read -r from </tmp/synced
-	until read -r count </tmp/synced && [ "$count" -ge $((from + 10)) ]; do
-		[ -e "/proc/$writer" ] || { cat /tmp/writer; return 1; }
-		sleep 0.1
-	done
-}
+start_writer
+more() { written $(($(cat /tmp/synced) + 10)); }
 step 'files are synced' more
 for n in 1 2 3; do
 	step "restart $n" systemctl restart cnbd.service
@@ -40,8 +28,8 @@ grow() {
 }
 step 'grown in use' grow
 step 'files are synced' more
-kill $writer
-wait $writer
+touch /tmp/stop
+step 'the writer has met no error' wait "$writer"
 count=$(cat /tmp/synced)
 step "synced files are right ($count)" verify ext4 "$count"
 step 'unmounted, sound' eval 'umount /mnt/ext4 && check_filesystem ext4 /dev/nbd0'
