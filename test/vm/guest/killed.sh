@@ -63,7 +63,13 @@ told() { # by the unit, which has given the device up
 }
 step 'the log of the unit says why' told
 anew() { # as docs/attach.md says: the mount, which requires the unit, goes with it
-	systemctl restart cnbd-attach@nbd0.service && mountpoint /mnt/ext4 && touch /mnt/ext4/alive
+	local n
+	systemctl restart cnbd-attach@nbd0.service || return
+	for ((n = 0; n < 60; n++)); do # it is not waited for
+		! mountpoint /mnt/ext4 || break
+		sleep 1
+	done
+	touch /mnt/ext4/alive && findmnt /dev/nbd0
 }
 step 'unmounted, detached, attached, mounted by one restart of the unit' anew
 step "synced files are right ($count)" verify ext4 "$count"
