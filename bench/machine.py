@@ -30,17 +30,22 @@ def stat(pid):
 
 
 def kernel_cpu():
-    """Seconds that the threads of the kernel have used, all together: those of
-    writeback, of loop devices, of Btrfs' compression. kthreadd, 2, is their parent."""
-    total = 0
+    """Seconds that each thread of the kernel has used: those of writeback, of loop
+    devices, of Btrfs' compression. kthreadd, 2, is their parent."""
+    threads = {}
     for pid in filter(str.isdigit, os.listdir("/proc")):
         try:
             parent, seconds = stat(pid)
         except (FileNotFoundError, ProcessLookupError):
             continue
         if parent == 2:
-            total += seconds
-    return total
+            threads[pid] = seconds
+    return threads
+
+
+def kernel_since(before):
+    """Seconds that they have used since, but for those of threads that have ended."""
+    return sum(seconds - before.get(pid, 0) for pid, seconds in kernel_cpu().items() if seconds >= before.get(pid, 0))
 
 
 def peak(pid):

@@ -22,7 +22,7 @@ import time
 import report
 import servers
 from datasets import MAKERS, Dataset
-from machine import GIB, MIB, Failed, busy, description, filesystem, kernel_cpu, run
+from machine import GIB, MIB, Failed, busy, description, filesystem, kernel_cpu, kernel_since, run
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 ROOT = os.path.dirname(HERE)
@@ -111,7 +111,7 @@ def round_of(n, args, chosen, sets, directory):
     # Ours are this process and its children, and the kernel's threads.
     spent2, stolen2 = busy()
     now = os.times()
-    ours = sum(now[:4]) - sum(own[:4]) + kernel_cpu() - kernel
+    ours = sum(now[:4]) - sum(own[:4]) + kernel_since(kernel)
     total = (time.monotonic() - began) * len(os.sched_getaffinity(0))
     result |= {"seconds": time.monotonic() - began, "others": max(0, spent2 - spent - ours) / total, "stolen": (stolen2 - stolen) / total}
     return result

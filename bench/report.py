@@ -107,7 +107,7 @@ def peak(r, n):
 
 
 # Those with the limits of memory that are the default.
-LIVES = ("empty", "with data", "overwritten", "copied", "copied out", "storm", "with source", "with postgres", "with noise")
+LIVES = ("empty", "with data", "overwritten", "copied in", "copied out", "storm", "with source", "with postgres", "with noise")
 AT_LEAST, AT_MOST = True, False
 FOUR = [(1, "mix, depth 1, connections "), (16, "mix, depth 16, connections ")]
 

@@ -9,7 +9,7 @@ import subprocess
 import time
 import uuid
 
-from machine import MIB, Failed, MemoryGroup, allocated, kernel_cpu, peak, run, stat
+from machine import MIB, Failed, MemoryGroup, allocated, kernel_cpu, kernel_since, peak, run, stat
 
 # The record header of a store, which stands before each stored extent: docs/format.md.
 RECORD_HEADER = 56
@@ -109,7 +109,7 @@ class Meter:
 
     def __exit__(self, *_):
         self.seconds = time.monotonic() - self.began
-        self.server, self.kernel = self.running.cpu() - self.server, kernel_cpu() - self.kernel
+        self.server, self.kernel = self.running.cpu() - self.server, kernel_since(self.kernel)
 
 
 class Server:

@@ -229,9 +229,9 @@ class Life:
                     self.overwrite(s, root)
         if self.wants("copy") or self.wants("storm"):
             self.fresh(root)
-            with self.started("copied", writes=True) as s:
+            with self.started("copied in", writes=True) as s:
                 warm(root.path)
-                self.measure("copy in", lambda: timed_copy(s, root.size, "--flush", root.path, s.uri))
+                self.measure("copy in" if self.wants("copy") else "copied", lambda: timed_copy(s, root.size, "--flush", root.path, s.uri))
                 self.measure("stored, copied", self.server.stored)
             if self.wants("copy"):
                 with self.started("copied out") as s:
