@@ -1,7 +1,6 @@
 package device
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -433,7 +432,7 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 		return err
 	}
 	if r := block.Within(off, n); !r.Empty() {
-		if err := d.bound(ctx); err != nil {
+		if err := d.bound(ctx, true); err != nil {
 			return err
 		}
 		w := d.writes.Get().(*Write)
@@ -454,13 +453,13 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 // bound commits when the state tree has grown too large. It waits for checkpoints
 // when there is much that they have to work off, and when so little room is left that
 // the log needs it for them: trims do not reserve any. If they and cleaning do not
-// make room the error wraps ENOSPC.
-func (d *Device) bound(ctx context.Context) error {
+// make room the error wraps ENOSPC. advice is for what may be left undone.
+func (d *Device) bound(ctx context.Context, advice bool) error {
 	if err := d.store.WaitOverlay(); err != nil {
 		return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 	}
 	if d.store.Short() {
-		if err := d.makeRoom(ctx); err != nil {
+		if err := d.makeRoom(ctx, advice); err != nil {
 			return err
 		}
 	}
@@ -470,42 +469,31 @@ func (d *Device) bound(ctx context.Context) error {
 	return d.Flush(ctx)
 }
 
-// makeRoom takes checkpoints and cleans, until what the trims so far change of the map
-// has room, one caller at a time.
-func (d *Device) makeRoom(ctx context.Context) error {
+// makeRoom takes checkpoints and cleans, until what has changed of the map so far has
+// room, one caller at a time. Advice is left undone while that has just been in vain.
+func (d *Device) makeRoom(ctx context.Context, advice bool) error {
 	d.room.Lock()
 	defer d.room.Unlock()
-	if d.store.Short() && time.Since(d.room.failed) < roomRetry {
+	if !d.store.Short() {
+		return nil
+	}
+	if advice && time.Since(d.room.failed) < roomRetry {
 		return d.noSpace(store.ErrNoSpace)
 	}
-	for left := 2; left > 0 && d.store.Short(); left-- {
-		if err := d.Flush(ctx); err != nil {
-			return err
-		}
-		if err := d.store.Checkpoint(); err != nil {
-			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
-		}
+	err := d.store.MakeRoom(ctx, 0, store.Trimming)
+	if !errors.Is(err, store.ErrNoSpace) {
+		d.room.failed = time.Time{}
+		return d.noSpace(err)
 	}
-	if d.store.Short() {
-		err := d.store.MakeRoom(ctx, 0, store.Trimming)
-		switch {
-		case err != nil && !errors.Is(err, store.ErrNoSpace):
-			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
-		case d.store.Short():
-			err = cmp.Or(err, store.ErrNoSpace)
-			if d.room.failed.IsZero() {
-				d.opts.Warn("trims are left undone until there is space for what they change of the map", err)
-			}
-			d.room.failed = time.Now()
-			return d.noSpace(err)
-		}
+	if d.room.failed.IsZero() {
+		d.opts.Warn("trims are left undone until there is space for what they change of the map", err)
 	}
-	d.room.failed = time.Time{}
-	return nil
+	d.room.failed = time.Now()
+	return d.noSpace(err)
 }
 
 // roomRetry is how long trims are refused without another try when one was in vain:
-// it takes checkpoints, which use the log too.
+// what could be cleaned is read for it.
 const roomRetry = time.Second
 
 // WriteZeroes makes [off, off+n) read as zeros: whole blocks become holes, and
@@ -517,7 +505,7 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 	if n == 0 {
 		return nil
 	}
-	if err := d.bound(ctx); err != nil {
+	if err := d.bound(ctx, false); err != nil {
 		return err
 	}
 	for {

@@ -196,29 +196,24 @@ func (s *Store) StopCleaning() {
 // fits returns nil if a reservation of n blocks would find free segments that have
 // space on the host, which it may ask for some, and else why not.
 func (s *Store) fits(n block.Count, w Want) error {
-	free, warm := s.segments.room()
-	wantFree, wantWarm := s.wants(n, w)
-	if wantFree > uint64(free) {
-		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, wantFree, free, ErrNoSpace)
-	}
-	if wantWarm > uint64(warm) {
-		return s.segments.ensure(s.file, uint32(wantWarm))
-	}
-	return nil
-}
-
-// wants is how many segments must be free, and have space on the host, for a
-// reservation of n blocks.
-func (s *Store) wants(n block.Count, w Want) (free, warm uint64) {
 	if w == Trimming {
-		want := s.unreserved()
-		return want, want
+		if s.Short() {
+			return fmt.Errorf("store: checkpoints of what has changed need %d bytes, there is room for %d: %w", s.need(), s.left(), ErrNoSpace)
+		}
+		return nil
 	}
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
+	free, warm := s.segments.room()
 	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
-	return want + s.kept(w), want + cleanSegments
+	if want+s.kept(w) > uint64(free) {
+		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, want, free, ErrNoSpace)
+	}
+	if want += cleanSegments; want > uint64(warm) {
+		return s.segments.ensure(s.file, uint32(want))
+	}
+	return nil
 }
 
 // MakeRoom blocks until a reservation of n blocks may succeed: it takes
@@ -252,7 +247,7 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 		pending := s.trimsPending()
 		// What is empty with one checkpoint is free with the next, unless a reader
 		// holds it (rule R4).
-		for left := 3; left > 0; left-- {
+		for left := 3; left > 0 && !s.settled(); left-- {
 			if err := s.Checkpoint(); err != nil {
 				return err
 			}
@@ -380,15 +375,18 @@ const fruitlessMax = 64
 // does not care for. Of a host that is full they are those that have their space.
 func (s *Store) canFit(n block.Count, w Want, hostFull bool) bool {
 	s.mu.RLock()
-	before := s.mu.replay
+	nodes, before := s.mu.root.Nodes, s.mu.replay
 	s.mu.RUnlock()
 	dead, live := s.segments.garbage(before)
 	size := uint64(s.segments.size)
 	dead -= min(dead, (dead+live)/cleanGain)
 	gain := s.segments.emptying() + dead/size
+	if w == Trimming {
+		return s.need() <= s.left()+gain*s.segments.usable()
+	}
 	free, warm := s.segments.room()
-	wantFree, wantWarm := s.wants(n, w)
-	return wantFree <= uint64(free)+gain && (!hostFull || wantWarm <= uint64(warm)+gain)
+	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
+	return want+s.kept(w) <= uint64(free)+gain && (!hostFull || want+cleanSegments <= uint64(warm)+gain)
 }
 
 // errNoRoom says that the cleaner's reserve is used up until the next checkpoints.
@@ -643,12 +641,12 @@ func (c *cleaner) claim(bytes, changes int64) bool {
 	free, warm := s.segments.room()
 	// What is kept from clients for the cleaner is there for this.
 	want := s.segmentsFor(s.reserved.Load(), nodes)
-	if c.hurry {
-		want = min(want, s.unreserved())
-	}
 	fits := want <= uint64(free)
 	if fits && want > uint64(warm) {
 		fits = s.segments.ensure(s.file, uint32(want)) == nil
+	}
+	if !fits && c.hurry {
+		fits = s.need() <= s.left() // by the byte
 	}
 	if !fits {
 		c.unclaim(bytes, changes)

@@ -238,6 +238,13 @@ func (l *log) rollLocked() error {
 	return nil
 }
 
+// successor is the segment that the log goes on in when this one is full.
+func (l *log) successor() uint32 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.mu.head.next
+}
+
 // tailLocked is the longest payload that fits into what is left of the segment.
 func (l *log) tailLocked() uint32 {
 	return l.segments.size - min(l.segments.size, l.mu.end+recordHeader)

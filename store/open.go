@@ -338,7 +338,7 @@ func (s *Store) beginLife(end logEnd) error {
 	}
 	// Room for commits, checkpoints and trims, which do not reserve (promise P4): all
 	// of reserveSegments, and the next segment, which nothing counts.
-	if err := s.ensureFirst(uint32(s.unreserved()) + 2); err != nil {
+	if err := s.ensureFirst(uint32(s.need()/s.segments.usable()) + reserveSegments + 1); err != nil {
 		s.opts.Warn("the space kept for commits is not there; writes will be refused", err)
 	}
 	next, ok := s.segments.take()
@@ -383,8 +383,10 @@ func (s *Store) ensureFirst(want uint32) error {
 	if serr != nil {
 		return fmt.Errorf("store: %w", serr)
 	}
-	s.segments.suspect(size)
-	return s.segments.ensure(s.file, want)
+	if s.segments.find(s.file, want, size) {
+		return nil
+	}
+	return err
 }
 
 // makeRoom takes checkpoints while room is short, before anything is served: each

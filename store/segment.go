@@ -335,14 +335,33 @@ func (t *segments) ensure(f disk.File, want uint32) error {
 // keep asks for what the host still holds of free segments, which may be all of
 // their space, until want have it, and tells whether they do.
 func (t *segments) keep(f disk.File, want uint32) bool {
+	return t.allocateAny(f, want, func(s *segment) bool { return s.remains })
+}
+
+// find does so for all free segments in the first bytes of the file: one call for
+// each, and for the start alone.
+func (t *segments) find(f disk.File, want uint32, bytes int64) bool {
+	if bytes > segmentsOffset {
+		t.mu.Lock()
+		last := min(uint64(t.total.Load()), uint64(bytes-segmentsOffset-1)/uint64(t.size)+1) - 1
+		t.atLocked(uint32(last))
+		t.mu.Unlock()
+	}
+	return t.allocateAny(f, want, func(*segment) bool { return true })
+}
+
+// allocateAny asks for the space of the free segments of the table that which is true
+// of, until want have it, and tells whether they do.
+func (t *segments) allocateAny(f disk.File, want uint32, which func(*segment) bool) bool {
 	for n := uint32(0); ; n++ {
 		t.mu.RLock()
-		for n < uint32(len(t.table)) && !(t.table[n].state == segmentFree && t.table[n].remains) {
+		end := min(uint32(len(t.table)), t.total.Load())
+		for n < end && !(t.table[n].state == segmentFree && !t.table[n].allocated && which(&t.table[n])) {
 			n++
 		}
-		enough, end := t.warm >= want || t.warm == t.free, n >= uint32(len(t.table))
+		enough := t.warm >= want || t.warm == t.free
 		t.mu.RUnlock()
-		if enough || end {
+		if enough || n == end {
 			return enough
 		}
 		t.alloc.Lock()
@@ -352,6 +371,31 @@ func (t *segments) keep(f disk.File, want uint32) bool {
 			return false
 		}
 	}
+}
+
+// allocated tells whether the host has given the space of segment n, as far as this
+// process knows.
+func (t *segments) allocated(n uint32) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return n < uint32(len(t.table)) && t.table[n].allocated
+}
+
+// allocateUsed asks for the space of segment n, which is used, if it has none.
+func (t *segments) allocateUsed(f disk.File, n uint32) error {
+	if t.allocated(n) {
+		return nil
+	}
+	t.alloc.Lock()
+	defer t.alloc.Unlock()
+	return t.allocate(f, n)
+}
+
+// used is the number of segments that are not free.
+func (t *segments) used() uint32 {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return t.total.Load() - t.free - t.going
 }
 
 // ensureOne is a step of ensure, and tells whether there was nothing left to do.
@@ -364,7 +408,17 @@ func (t *segments) ensureOne(f disk.File, want uint32) (done bool, err error) {
 	if !ok {
 		return true, nil
 	}
-	return false, t.allocate(f, n)
+	err = t.allocate(f, n)
+	if errors.Is(err, ErrHostFull) {
+		// A host may have given a part (ext4 does), which is of no use here.
+		t.mu.Lock()
+		if s := t.atLocked(n); s.state == segmentFree && !s.remains {
+			s.remains = true
+			t.rests++
+		}
+		t.mu.Unlock()
+	}
+	return false, err
 }
 
 // allocate asks the host for the space of segment n. A host that is full is
@@ -446,22 +500,6 @@ func (t *segments) sweep(ctx context.Context, f disk.File, bytes int64) error {
 		}
 	}
 	return nil
-}
-
-// suspect notes of the free segments in the first bytes of the file that the host may
-// hold their space, as far as this process does not know.
-func (t *segments) suspect(bytes int64) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for n := range t.total.Load() {
-		if t.base(n) >= bytes {
-			break
-		}
-		if s := t.atLocked(n); s.state == segmentFree && !s.allocated && !s.remains {
-			s.remains = true
-			t.rests++
-		}
-	}
 }
 
 // sweepOne gives back what the host may hold of segment n, if it is free and does

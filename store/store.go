@@ -775,25 +775,48 @@ func mapBytes(changes, nodes uint64) uint64 {
 // as a trim, must wait for checkpoints: what they append must fit beside what is
 // reserved. It may ask the host for space.
 func (s *Store) Short() bool {
-	free, warm := s.segments.room()
-	want := s.unreserved()
-	if want <= uint64(free) && want > uint64(warm) {
-		_ = s.segments.ensure(s.file, uint32(want)+1) // a host that is full leaves it short
-		_, warm = s.segments.room()
+	need := s.need()
+	if _, warm := s.segments.room(); warm >= reserveSegments/2 && need <= s.left() {
+		return false
 	}
-	return want > uint64(min(free, warm))
+	// A host that is full leaves it short.
+	_ = s.segments.allocateUsed(s.file, s.log.successor())
+	_ = s.segments.ensure(s.file, uint32(max(need/s.segments.usable()+2, reserveSegments)))
+	return need > s.left()
 }
 
-// unreserved is how many free segments the checkpoints of all that has changed so
-// far need beside what is reserved, with all but one of those that are kept for
-// commits: their own records take some, and what they set free is free two later.
-func (s *Store) unreserved() uint64 {
+// need is how many bytes the checkpoints of all that has changed so far append at
+// most, and those that set free what they leave behind, beside what is reserved.
+func (s *Store) need() uint64 {
 	s.mu.RLock()
-	nodes := s.mu.root.Nodes
+	nodes, trims := s.mu.root.Nodes, uint64(s.mu.trims.Len())
 	s.mu.RUnlock()
 	n := uint64(s.reserved.Load())
-	need := n*blockWorst + uint64(s.cleaner.claimed.Load()) + mapBytes(s.changes(0)+n, nodes)
-	return reserveSegments - 1 + (need+s.segments.usable()-1)/s.segments.usable()
+	// Of each: the segment table, the trims, the superblock, some commits.
+	fixed := uint64(s.segments.used())*(usageEntry+1) + trims*32 + 4*alignment
+	return 3*fixed + mapBytes(s.changes(0)+n, nodes) + n*blockWorst + uint64(s.cleaner.claimed.Load())
+}
+
+// left is how many bytes the log surely takes with a free segment that has space on the
+// host left in the end, beside the one that it goes on in: what an opening needs, should
+// the process be killed. Of what is left in the segment that is written no roll takes any.
+func (s *Store) left() uint64 {
+	s.log.mu.Lock()
+	tail, next := s.segments.size-min(s.segments.size, s.log.mu.end), s.log.mu.head.next
+	s.log.mu.Unlock()
+	waste := uint64(s.segments.size) - s.segments.usable()
+	bytes := max(uint64(tail), waste) - waste
+	if !s.segments.allocated(next) {
+		return bytes
+	}
+	free, warm := s.segments.room()
+	return bytes + uint64(max(min(free, warm), 1)-1)*s.segments.usable()
+}
+
+// settled tells whether checkpoints and commits would change nothing.
+func (s *Store) settled() bool {
+	return s.entries.Load() == 0 && s.opts.Trims() == 0 && s.reserved.Load() == 0 &&
+		s.trimsPending() == 0 && s.cleaner.nodes.Load() == 0 && s.segments.emptying() == 0
 }
 
 // trimsPending is the number of blocks in pending trims, of which the next
