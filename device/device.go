@@ -156,7 +156,10 @@ type Device struct {
 
 	requests atomic.Uint64 // admitted so far
 	owners   atomic.Uint64 // of range locks; delalloc has number 1
-	room     struct {      // for trims
+	// trimming counts requests that ask for room for a hole, or have it and are in
+	// no epoch yet.
+	trimming atomic.Int64
+	room     struct { // for trims
 		sync.Mutex           // one at a time forces checkpoints
 		failed     time.Time // guarded by it; when they made no room, zero if they did
 	}
@@ -205,7 +208,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
-		NeedCommit: d.needCommit, Trims: d.epochs.Trims, Warn: o.Warn, TrimLeaves: o.trimLeaves,
+		NeedCommit: d.needCommit, Trims: func() (held, coming int64) { return d.epochs.Trims(), d.trimming.Load() }, Warn: o.Warn, TrimLeaves: o.trimLeaves,
 	})
 	if err != nil {
 		return nil, err

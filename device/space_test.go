@@ -5,6 +5,7 @@ import (
 	"errors"
 	"math/rand/v2"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -660,6 +661,95 @@ func TestTrimsWithoutRoom(t *testing.T) {
 		}
 	}
 	compare()
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f.Clone())
+}
+
+// TestWritesBesideTrims: on a device that just has the capacity for its size and the
+// overhead no write and no trim is refused because others trim the same blocks without
+// end, which changes the map again and again.
+func TestWritesBesideTrims(t *testing.T) {
+	seed := disktest.Seed(t)
+	const size = 12 << 20
+	d, _, truth := fullDevice(t, seed, size)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	quit := make(chan struct{})
+	var wg sync.WaitGroup
+	const trimmers = 3
+	for i := range trimmers {
+		wg.Go(func() {
+			for {
+				select {
+				case <-quit:
+					return
+				default:
+				}
+				if err := d.Trim(t.Context(), uint64(i)*block.Size, block.Size, false); err != nil {
+					t.Errorf("trim: %v", err)
+					return
+				}
+			}
+		})
+	}
+	for i := 0; i < 3000*disktest.Scale(t) && !t.Failed(); i++ {
+		b := (trimmers + rng.IntN(size/block.Size-trimmers)) * block.Size
+		page := truth[b:][:block.Size]
+		fill(page, rng.Uint64())
+		if _, err := d.WriteAt(page, int64(b)); err != nil {
+			t.Errorf("write %d: %v", i, err)
+		}
+	}
+	close(quit)
+	wg.Wait()
+	clear(truth[:trimmers*block.Size])
+	compareAll(t, d, truth)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestThinDeviceOverwritten: on a thin device that is full of single blocks what is
+// stored can be overwritten, and trimmed.
+func TestThinDeviceOverwritten(t *testing.T) {
+	seed := disktest.Seed(t)
+	o := smallOptions(t)
+	o.CommitInterval = time.Second
+	g := testGeometry(64<<20, compression.None)
+	g.Capacity = 24 * store.SegmentSizeMin
+	f := disktest.New(seed, disktest.Options{})
+	format(t, f, g)
+	d := open(t, f, o)
+	rng := rand.New(rand.NewPCG(seed, 0))
+	page := make([]byte, block.Size)
+	last := int64(-1)
+	for b := int64(0); ; b += 2 {
+		fill(page, rng.Uint64())
+		_, err := d.WriteAt(page, b*block.Size)
+		if errors.Is(err, syscall.ENOSPC) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		last = b
+	}
+	for i := range 2000 * disktest.Scale(t) {
+		fill(page, rng.Uint64())
+		if _, err := d.WriteAt(page, rng.Int64N(last+1)&^1*block.Size); err != nil {
+			t.Fatalf("overwriting %d of %d blocks: %v", i, last/2+1, err)
+		}
+		if i%8 == 0 {
+			if err := d.Sync(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	for b := int64(0); b <= last; b += 4 {
+		if err := d.Trim(t.Context(), uint64(b)*block.Size, block.Size, false); err != nil {
+			t.Fatalf("trim of block %d of %d: %v", b, last, err)
+		}
+	}
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}

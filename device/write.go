@@ -432,15 +432,7 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 		return err
 	}
 	if r := block.Within(off, n); !r.Empty() {
-		if err := d.bound(ctx, true); err != nil {
-			return err
-		}
-		w := d.writes.Get().(*Write)
-		w.r, w.frames, w.segments = r, w.frames[:0], w.segments[:0]
-		w.edges = [2]edge{{frame: -1}, {frame: -1}}
-		err := w.install(ctx, r)
-		w.recycle()
-		if err != nil {
+		if err := d.trim(ctx, r); err != nil {
 			return err
 		}
 	}
@@ -448,6 +440,20 @@ func (d *Device) Trim(ctx context.Context, off, n uint64, fua bool) error {
 		return d.Flush(ctx)
 	}
 	return nil
+}
+
+// trim makes r a hole.
+func (d *Device) trim(ctx context.Context, r block.Range) error {
+	d.trimming.Add(1)
+	defer d.trimming.Add(-1)
+	if err := d.bound(ctx, true); err != nil {
+		return err
+	}
+	w := d.writes.Get().(*Write)
+	defer w.recycle()
+	w.r, w.frames, w.segments = r, w.frames[:0], w.segments[:0]
+	w.edges = [2]edge{{frame: -1}, {frame: -1}}
+	return w.install(ctx, r)
 }
 
 // bound commits when the state tree has grown too large. It waits for checkpoints
@@ -505,9 +511,6 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 	if n == 0 {
 		return nil
 	}
-	if err := d.bound(ctx, false); err != nil {
-		return err
-	}
 	for {
 		if err := d.writeZeroes(ctx, off, n); err != errGrown {
 			if err == nil && fua {
@@ -520,6 +523,11 @@ func (d *Device) WriteZeroes(ctx context.Context, off, n uint64, fua bool) error
 
 // writeZeroes is WriteZeroes without fua. The error errGrown asks for another try.
 func (d *Device) writeZeroes(ctx context.Context, off, n uint64) error {
+	d.trimming.Add(1)
+	defer d.trimming.Add(-1)
+	if err := d.bound(ctx, false); err != nil {
+		return err
+	}
 	inner := block.Within(off, n)
 	if inner.Empty() {
 		// One or two blocks, each in part.

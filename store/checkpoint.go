@@ -126,7 +126,7 @@ func (s *Store) chill() {
 // keepWarm is how many free segments keep their space on the host. nodes is the
 // size of the map.
 func (s *Store) keepWarm(nodes uint64) uint32 {
-	return warmSegments + cleanSegments + uint32(s.segmentsFor(s.reserved.Load(), nodes))
+	return warmSegments + cleanSegments + uint32(s.segmentsFor(s.promised(), nodes))
 }
 
 // appendUsage appends the segment table.

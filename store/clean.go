@@ -109,8 +109,9 @@ type cleaner struct {
 	// The rest belongs to whose turn it is.
 	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
 	records []liveRecord
-	pending []copied // that are not in the map yet
-	hurry   bool     // writes are waiting
+	pending []copied     // that are not in the map yet
+	hurry   bool         // writes are waiting
+	waiting atomic.Int32 // writes that wait for room
 	window  []byte
 	blocks  []byte // of a decoded blob, or of several
 	decoded []byte
@@ -197,7 +198,7 @@ func (s *Store) StopCleaning() {
 // space on the host, which it may ask for some, and else why not.
 func (s *Store) fits(n block.Count, w Want) error {
 	if w == Trimming {
-		if s.Short() {
+		if s.short() {
 			return fmt.Errorf("store: checkpoints of what has changed need %d bytes, there is room for %d: %w", s.need(), s.left(), ErrNoSpace)
 		}
 		return nil
@@ -206,7 +207,7 @@ func (s *Store) fits(n block.Count, w Want) error {
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
 	free, warm := s.segments.room()
-	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
+	want := s.segmentsFor(s.promised()+int64(n), nodes)
 	if want+s.kept(w) > uint64(free) {
 		return fmt.Errorf("store: %d blocks and what is reserved need %d segments, %d are free: %w", n, want, free, ErrNoSpace)
 	}
@@ -225,6 +226,10 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 		return err
 	}
 	c := s.cleaner
+	if w != Trimming {
+		c.waiting.Add(1) // trims wait behind it: see Short
+		defer c.waiting.Add(-1)
+	}
 	select {
 	case c.turn <- struct{}{}:
 	case <-ctx.Done():
@@ -232,6 +237,17 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 	}
 	defer func() { <-c.turn }()
 	s.metrics.shortages.Add(1)
+	err := s.makeRoomFor(ctx, n, w)
+	if errors.Is(err, ErrNoSpace) {
+		// What others held may have come back while the last means was tried.
+		return s.fits(n, w)
+	}
+	return err
+}
+
+// makeRoomFor is MakeRoom. REQUIRES: the cleaner's turn.
+func (s *Store) makeRoomFor(ctx context.Context, n block.Count, w Want) error {
+	c := s.cleaner
 	most := uint32(0)
 	for fruitless := 0; fruitless <= fruitlessMax; fruitless++ {
 		if err := ctx.Err(); err != nil {
@@ -247,7 +263,9 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 		pending := s.trimsPending()
 		// What is empty with one checkpoint is free with the next, unless a reader
 		// holds it (rule R4).
-		for left := 3; left > 0 && !s.settled(); left-- {
+		took := false
+		for left := 3; left > 0 && !s.settled() && s.mayCheckpoint(); left-- {
+			took = true
 			if err := s.Checkpoint(); err != nil {
 				return err
 			}
@@ -256,6 +274,15 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 			}
 			if s.segments.emptying() == 0 {
 				break
+			}
+		}
+		if !took {
+			// What it was short of may just have come back.
+			if short = s.fits(n, w); !errors.Is(short, ErrNoSpace) {
+				return short
+			}
+			if !s.settled() && s.mayCheckpoint() {
+				continue
 			}
 		}
 		if s.segments.pinned() {
@@ -385,7 +412,7 @@ func (s *Store) canFit(n block.Count, w Want, hostFull bool) bool {
 		return s.need() <= s.left()+gain*s.segments.usable()
 	}
 	free, warm := s.segments.room()
-	want := s.segmentsFor(s.reserved.Load()+int64(n), nodes)
+	want := s.segmentsFor(s.promised()+int64(n), nodes)
 	return want+s.kept(w) <= uint64(free)+gain && (!hostFull || want+cleanSegments <= uint64(warm)+gain)
 }
 
@@ -640,7 +667,7 @@ func (c *cleaner) claim(bytes, changes int64) bool {
 	c.moving.Add(changes)
 	free, warm := s.segments.room()
 	// What is kept from clients for the cleaner is there for this.
-	want := s.segmentsFor(s.reserved.Load(), nodes)
+	want := s.segmentsFor(s.promised(), nodes)
 	fits := want <= uint64(free)
 	if fits && want > uint64(warm) {
 		fits = s.segments.ensure(s.file, uint32(want)) == nil
@@ -939,7 +966,7 @@ func (c *cleaner) work() (worked bool, pause time.Duration) {
 	before, nodes := s.mu.replay, s.mu.root.Nodes
 	s.mu.RUnlock()
 	free, _ := s.segments.room()
-	low := uint64(free) < s.segmentsFor(s.reserved.Load(), nodes)+s.kept(Growth)+max(4, uint64(s.segments.total.Load())/64)
+	low := uint64(free) < s.segmentsFor(s.promised(), nodes)+s.kept(Growth)+max(4, uint64(s.segments.total.Load())/64)
 	garbage, live := s.segments.garbage(before)
 	// Idle: a sixteenth of what is alive. While clients write, what dies by itself
 	// is not worth copying.
@@ -978,7 +1005,7 @@ func (c *cleaner) work() (worked bool, pause time.Duration) {
 	}
 	// An idle device works off what the next checkpoints free.
 	c.settled = c.appended
-	if s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0 {
+	if (s.entries.Load() > 0 || s.trimsPending() > 0 || c.nodes.Load() > 0 || s.segments.emptying() > 0) && s.mayCheckpoint() {
 		return s.Checkpoint() == nil, pause
 	}
 	// What the last checkpoint kept warm for work that has ended since.

@@ -55,7 +55,7 @@ func (s *Store) CanResize(bytes, capacity uint64) error {
 		nodes := s.mu.root.Nodes
 		s.mu.RUnlock()
 		free, _ := s.segments.room()
-		need := s.segmentsFor(s.reserved.Load(), nodes) + max(cleanSegments, uint64(total)/cleanReserve)
+		need := s.segmentsFor(s.promised(), nodes) + max(cleanSegments, uint64(total)/cleanReserve)
 		if gone := was.Segments() - total; uint64(free) < uint64(gone)+need {
 			return fmt.Errorf("store: a capacity of %d bytes leaves no room to work in: %w", capacity, ErrNoSpace)
 		}

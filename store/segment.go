@@ -586,6 +586,20 @@ func (t *segments) emptying() (count uint64) {
 	return count
 }
 
+// spent tells whether checkpoints would set a segment free that was begun before that
+// serial, the one of the segment that is written: it is empty, or may be found so.
+func (t *segments) spent(before uint64) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	oldest := t.oldestPinLocked()
+	for n := range t.table {
+		if s := &t.table[n]; s.state == segmentUsed && s.refs == 0 && s.serial != 0 && s.serial < before && s.emptyAt <= oldest {
+			return true
+		}
+	}
+	return false
+}
+
 // pinned tells whether a segment is empty that only readers keep from being free.
 func (t *segments) pinned() bool {
 	t.mu.RLock()

@@ -93,11 +93,12 @@ type Options struct {
 	// be nil if the caller commits anyhow.
 	NeedCommit func()
 
-	// Trims returns how many holes the caller holds that it will append, at most.
-	// They change the map without a reservation, so that what they take at the
-	// next checkpoint is kept free for them: see Short. It is called from any
+	// Trims returns how many holes the caller holds that it will append, at most,
+	// and how many it may hold soon: what asks whether the store is Short counts
+	// itself before. They change the map without a reservation, so that what they
+	// take at the next checkpoint is kept free for them. It is called from any
 	// goroutine and must not block. It may be nil if there are none.
-	Trims func() int64
+	Trims func() (held, coming int64)
 
 	// Warn is told of damage that was found and of other things that an
 	// administrator should know. It may be nil.
@@ -121,7 +122,7 @@ func (o *Options) setDefaults() {
 		o.NeedCommit = func() {}
 	}
 	if o.Trims == nil {
-		o.Trims = func() int64 { return 0 }
+		o.Trims = func() (held, coming int64) { return 0, 0 }
 	}
 	if o.Warn == nil {
 		o.Warn = func(string, error) {}
@@ -149,6 +150,7 @@ type Store struct {
 
 	reserving sync.Mutex   // one at a time tries to raise reserved; segments.mu is taken under it
 	reserved  atomic.Int64 // blocks reserved for writes
+	asking    atomic.Int64 // blocks that Reserve is about to reserve, if it can
 	entries   atomic.Int64 // extents in both overlays, about
 
 	mu struct {
@@ -686,12 +688,13 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 	// One at a time, or what a large request asks for in vain would for that
 	// moment refuse a small one.
 	s.reserving.Lock()
-	total := s.reserved.Add(int64(n)) // before the look at the segments: see chill
+	s.asking.Add(int64(n)) // before the look at the segments: see chill
+	total := s.promised()
 	free, warm := s.segments.room()
 	want := s.segmentsFor(total, nodes)
 	fits := want+s.kept(w) <= uint64(free)
 	if !fits {
-		s.reserved.Add(-int64(n))
+		s.asking.Add(-int64(n))
 	}
 	s.reserving.Unlock()
 	if !fits {
@@ -699,13 +702,18 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 	}
 	if want += cleanSegments; want > uint64(warm) {
 		if err := s.segments.ensure(s.file, uint32(want)); err != nil {
-			s.reserved.Add(-int64(n))
+			s.asking.Add(-int64(n))
 			s.givePinsUp() // what they hold has its space on the host
 			return err
 		}
 	}
+	s.reserved.Add(int64(n))
+	s.asking.Add(-int64(n))
 	return nil
 }
+
+// promised is how many blocks are reserved, or just being reserved, which may fail.
+func (s *Store) promised() int64 { return s.reserved.Load() + s.asking.Load() }
 
 // WaitOverlay blocks while the overlays have grown so much that what is to be appended
 // must wait for the checkpoint that is running. Reserve does so too.
@@ -763,7 +771,8 @@ func (s *Store) mapWorst(n, nodes uint64) uint64 {
 // changes is how many extents and nodes of the map the next checkpoints change, of
 // which the cleaner moves that many at least.
 func (s *Store) changes(moves int64) uint64 {
-	return uint64(s.entries.Load() + s.opts.Trims() + max(moves, s.cleaner.moving.Load()+s.cleaner.nodes.Load()))
+	held, coming := s.opts.Trims()
+	return uint64(s.entries.Load() + held + coming + max(moves, s.cleaner.moving.Load()+s.cleaner.nodes.Load()))
 }
 
 // mapBytes is the most that two checkpoints append of a map of so many nodes.
@@ -771,10 +780,14 @@ func mapBytes(changes, nodes uint64) uint64 {
 	return 2 * extents.NodeSizeMax * min(2*changes, nodes+changes/128+2)
 }
 
-// Short tells whether so little room is left that what does not reserve any, such
-// as a trim, must wait for checkpoints: what they append must fit beside what is
-// reserved. It may ask the host for space.
-func (s *Store) Short() bool {
+// Short tells whether what does not reserve any room, such as a trim, must wait for
+// MakeRoom: since so little is left that what checkpoints append would not fit beside
+// what is reserved, or since writes wait there, which need more than that left and
+// would wait for ever behind trims that go on. It may ask the host for space.
+func (s *Store) Short() bool { return s.cleaner.waiting.Load() > 0 || s.short() }
+
+// short is Short but for writes that wait.
+func (s *Store) short() bool {
 	need := s.need()
 	if _, warm := s.segments.room(); warm >= reserveSegments/2 && need <= s.left() {
 		return false
@@ -789,12 +802,19 @@ func (s *Store) Short() bool {
 // most, and those that set free what they leave behind, beside what is reserved.
 func (s *Store) need() uint64 {
 	s.mu.RLock()
-	nodes, trims := s.mu.root.Nodes, uint64(s.mu.trims.Len())
+	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
-	n := uint64(s.reserved.Load())
-	// Of each: the segment table, the trims, the superblock, some commits.
-	fixed := uint64(s.segments.used())*(usageEntry+1) + trims*32 + 4*alignment
-	return 3*fixed + mapBytes(s.changes(0)+n, nodes) + n*blockWorst + uint64(s.cleaner.claimed.Load())
+	n := uint64(s.promised())
+	return 3*s.fixed() + mapBytes(s.changes(0)+n, nodes) + n*blockWorst + uint64(s.cleaner.claimed.Load())
+}
+
+// fixed is how many bytes a checkpoint appends beside nodes: the segment table, the
+// trims, the superblock, and some commits.
+func (s *Store) fixed() uint64 {
+	s.mu.RLock()
+	trims := uint64(s.mu.trims.Len())
+	s.mu.RUnlock()
+	return uint64(s.segments.used())*(usageEntry+1) + trims*32 + 4*alignment
 }
 
 // left is how many bytes the log surely takes with a free segment that has space on the
@@ -813,10 +833,23 @@ func (s *Store) left() uint64 {
 	return bytes + uint64(max(min(free, warm), 1)-1)*s.segments.usable()
 }
 
+// mayCheckpoint tells whether there is room for one that nobody has to have. For what
+// has changed there is: see Short.
+func (s *Store) mayCheckpoint() bool {
+	held, _ := s.opts.Trims()
+	return held > 0 || s.entries.Load() > 0 || s.fixed() <= s.left()
+}
+
 // settled tells whether checkpoints and commits would change nothing.
 func (s *Store) settled() bool {
-	return s.entries.Load() == 0 && s.opts.Trims() == 0 && s.reserved.Load() == 0 &&
-		s.trimsPending() == 0 && s.cleaner.nodes.Load() == 0 && s.segments.emptying() == 0
+	held, _ := s.opts.Trims()
+	if held > 0 || s.entries.Load() > 0 || s.reserved.Load() > 0 || s.trimsPending() > 0 || s.cleaner.nodes.Load() > 0 {
+		return false
+	}
+	s.log.mu.Lock()
+	serial := s.log.mu.head.serial
+	s.log.mu.Unlock()
+	return !s.segments.spent(serial)
 }
 
 // trimsPending is the number of blocks in pending trims, of which the next
