@@ -58,9 +58,13 @@ class Target:
         goal = ("≥ " if self.least else "≤ ") + self.form % self.bound
         if not values:
             return [self.measure, goal, "–", "not measured"]
-        reached = statistics.median(values)
-        ok = reached >= self.bound if self.least else reached <= self.bound
-        return [self.measure, goal, spread(values, self.form), "reached" if ok else "**not reached**"]
+        hits = [v >= self.bound if self.least else v <= self.bound for v in values]
+        median = statistics.median(values)
+        ok = median >= self.bound if self.least else median <= self.bound
+        verdict = "reached" if ok else "**not reached**"
+        if len(set(hits)) == 2:
+            verdict += f" (in {sum(hits)} of {len(hits)} rounds)"
+        return [self.measure, goal, spread(values, self.form), verdict]
 
 
 def against(server, peer, workload, figure):
