@@ -88,6 +88,20 @@ def choose(args, cnbd, loop):
     return chosen
 
 
+def command(words):
+    """The command line, without the places of this machine."""
+    kept, skip = [os.path.relpath(__file__, ROOT)], False
+    for word in words:
+        name, _, value = word.partition("=")
+        if skip:
+            skip = False
+        elif name in ("--dir", "--data", "--out", "--cnbd", "--docs"):
+            skip = not value
+        else:
+            kept.append(word)
+    return shlex.join(kept)
+
+
 def progress(text):
     print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
@@ -166,7 +180,7 @@ def main():
                 sets[name] = Dataset(name, data, size if name == "root" else size // 3 // MIB * MIB)
         saved = {
             "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
-            "command": shlex.join([os.path.relpath(__file__, ROOT)] + sys.argv[1:]),
+            "command": command(sys.argv[1:]),
             "machine": description() | {"filesystem": filesystem(directory)},
             "versions": [run(cnbd, "version").splitlines()[0], run("nbdkit", "--version").strip(), run("qemu-nbd", "--version").splitlines()[0], run("fio", "--version").strip(), "libnbd " + run("nbdcopy", "--version").split()[1]],
             "options": {k: v for k, v in vars(args).items() if k in ("quick", "size", "seconds", "pairs", "idle", "idle_max", "groups", "limit", "region")},
