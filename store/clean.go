@@ -967,6 +967,13 @@ func (c *cleaner) work() (worked bool, pause time.Duration) {
 	s.mu.RUnlock()
 	free, _ := s.segments.room()
 	low := uint64(free) < s.segmentsFor(s.promised(), nodes)+s.kept(Growth)+max(4, uint64(s.segments.total.Load())/64)
+	// What clients have trimmed and overwritten counts as alive until it is worked off:
+	// much of what would be cleaned now is going to be empty.
+	fresh := s.trimsPending() > 0 || c.settled != c.appended && s.entries.Load() > 0
+	if fresh && !busy && !low && s.mayCheckpoint() {
+		c.settled = c.appended
+		return s.Checkpoint() == nil, pause
+	}
 	garbage, live := s.segments.garbage(before)
 	// Idle: a sixteenth of what is alive. While clients write, what dies by itself
 	// is not worth copying.

@@ -378,3 +378,53 @@ func TestCheckpointAsksAgain(t *testing.T) {
 	within(t, "checkpoint", c.Checkpoint)
 	must(t, c.Close())
 }
+
+// TestTrimsBeforeCleaning: an idle device works off what was trimmed before it cleans:
+// what trims cover still counts as alive, and segments are looked through for nothing.
+func TestTrimsBeforeCleaning(t *testing.T) {
+	const blocks = 1 << 14
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(blocks, 1500)))
+	c := openCommitted(t, d, Options{TrimLeaves: 1})
+	for b := 0; b < blocks; b += 2 {
+		must(t, c.Reserve(1, Growth))
+		must(t, c.blob(b, 1, 1))
+		c.Release(1)
+		if b%8 == 6 { // three in four are overwritten, so cleaning would be worth it
+			for over := b - 6; over < b; over += 2 {
+				must(t, c.Reserve(1, Growth))
+				must(t, c.blob(over, 1, 1))
+				c.Release(1)
+			}
+		}
+	}
+	must(t, c.commit())
+	for range 3 {
+		must(t, c.Checkpoint())
+	}
+	must(t, c.hole(block.Span(0, blocks)))
+	must(t, c.commit())
+	c.cleaner.appended, c.cleaner.quiet = c.appended(), quietLooks // it is idle
+	pending := 0
+	for i := 0; ; i++ {
+		c.cleaner.turn <- struct{}{}
+		worked, _ := c.cleaner.work()
+		<-c.cleaner.turn
+		if c.trimsPending() > 0 {
+			pending++
+			if n := len(c.cleaner.futile); n > 0 || c.metrics.cleaned.Load() > 0 {
+				t.Fatalf("step %d: %d segments were looked through, %d cleaned, with %d blocks of trims pending", i, n, c.metrics.cleaned.Load(), c.trimsPending())
+			}
+		}
+		if !worked && pending > 0 && c.trimsPending() == 0 {
+			break
+		}
+		if i > 10000 {
+			t.Fatal("the trims are not worked off")
+		}
+	}
+	if pending < 5 {
+		t.Errorf("trims were pending at %d steps only", pending)
+	}
+	must(t, c.Close())
+}
