@@ -49,11 +49,9 @@ func Detach(ctx context.Context, d Device, force bool) (dead bool, err error) {
 	if !d.Attached() {
 		return false, fmt.Errorf("%v: %w", d, ErrNotAttached)
 	}
-	// While it is held like this, nobody can mount it.
-	f, err := os.OpenFile(d.String(), os.O_RDWR|unix.O_EXCL, 0)
-	if errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES) {
-		f, err = os.OpenFile(d.String(), os.O_RDONLY|unix.O_EXCL, 0)
-	}
+	// While it is held like this, nobody can mount it. Not to be written: udev looks at
+	// a device that a writer closes, and would do so while it goes away.
+	f, err := os.OpenFile(d.String(), os.O_RDONLY|unix.O_EXCL, 0)
 	if errors.Is(err, unix.EBUSY) {
 		users, err := d.users("/proc", "/sys")
 		return false, errors.Join(&InUseError{d, users}, err)
