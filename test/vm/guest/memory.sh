@@ -8,7 +8,6 @@ configure() {
 		exports: [{name: memory, path: /var/lib/cnbd/memory.cnbd, size: $((vm_mib + 512))MiB}]
 		listen: ["unix:$socket"]
 		cache: 32MiB
-		payload: 16MiB
 	YAML
 	printf '[Slice]\nMemoryMax=256M\nMemorySwapMax=0\n' >/etc/systemd/system/short.slice
 	printf '[Service]\nSlice=short.slice\n' >/etc/systemd/system/cnbd.service.d/slice.conf
