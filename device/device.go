@@ -208,7 +208,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
-		NeedCommit: d.needCommit, Trims: func() (held, coming int64) { return d.epochs.Trims(), d.trimming.Load() }, Warn: o.Warn, TrimLeaves: o.trimLeaves,
+		NeedCommit: d.needCommit, Trims: func() (coming, held int64) { return d.trimming.Load(), d.epochs.Trims() }, Warn: o.Warn, TrimLeaves: o.trimLeaves,
 	})
 	if err != nil {
 		return nil, err
@@ -488,8 +488,8 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 // what was committed is looked at. Scrub tells what it finds; Close ends it.
 func (d *Device) StartScrub(rate uint64) error {
 	if !d.opts.ReadOnly && d.store.Err() == nil {
-		if err := d.store.Checkpoint(); err != nil {
-			return fmt.Errorf("device: %w", err)
+		if err := d.store.Settle(); err != nil {
+			return d.noSpace(err)
 		}
 	}
 	return d.store.StartScrub(rate)
@@ -541,10 +541,11 @@ type ReadMetrics struct {
 }
 
 // Status gathers the state of the device. On a device that can be written it
-// takes a checkpoint first, so that the sizes are those of what was committed.
+// takes a checkpoint first, so that the sizes are those of what was committed, unless
+// the log of a full host has no room for it.
 func (d *Device) Status(ctx context.Context) (Status, error) {
 	if !d.opts.ReadOnly && d.store.Err() == nil {
-		if err := d.store.Checkpoint(); err != nil {
+		if err := d.store.Settle(); err != nil && !errors.Is(err, store.ErrNoSpace) {
 			return Status{}, fmt.Errorf("device: %w", err)
 		}
 	}

@@ -29,8 +29,8 @@ func (d *Device) Snapshot(ctx context.Context) (*Snapshot, error) {
 		if err := d.Flush(ctx); err != nil {
 			return nil, err
 		}
-		if err := d.store.Checkpoint(); err != nil {
-			return nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		if err := d.store.Settle(); err != nil {
+			return nil, d.noSpace(err)
 		}
 	}
 	size := d.Bytes() // what it has grown by since is not in the pin

@@ -755,3 +755,69 @@ func TestThinDeviceOverwritten(t *testing.T) {
 	}
 	checkClean(t, f.Clone())
 }
+
+// TestThinDeviceFourthOverwritten: on a thin device that is full every fourth block can
+// be overwritten: what that leaves dead lies in segments that are partly alive, and
+// behind the newest checkpoint.
+func TestThinDeviceFourthOverwritten(t *testing.T) {
+	o := smallOptions(t)
+	o.CacheBytes = 8 << 20
+	g := testGeometry(64<<20, compression.None)
+	g.Capacity = 40 * store.SegmentSizeMin
+	f := disktest.New(7, disktest.Options{})
+	format(t, f, g)
+	d := open(t, f, o)
+	page := make([]byte, block.Size)
+	last := int64(-1)
+	for b := int64(0); ; b++ {
+		fill(page, uint64(b)+1)
+		_, err := d.WriteAt(page, b*block.Size)
+		if errors.Is(err, syscall.ENOSPC) {
+			break
+		} else if err != nil {
+			t.Fatal(err)
+		}
+		last = b
+	}
+	for b := int64(0); b <= last; b += 4 {
+		fill(page, uint64(b)+99)
+		if _, err := d.WriteAt(page, b*block.Size); err != nil {
+			t.Fatalf("overwriting block %d of %d: %v", b, last, err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	checkClean(t, f.Clone())
+}
+
+// TestLookingOnFullHost: asking for the state of a device whose host is full, and that
+// refuses trims, does not use its log up.
+func TestLookingOnFullHost(t *testing.T) {
+	const size = 32 << 20
+	o := smallOptions(t)
+	o.CleanPeriod, o.CheckpointBytes = time.Hour, 64<<20
+	o.Warn = func(string, error) {}
+	for _, spare := range []int64{2, 3} {
+		d, _, data := onFullHost(t, size, spare, o)
+		for b := 0; ; b += 5 * block.Size {
+			b %= size
+			err := d.Trim(t.Context(), uint64(b), block.Size, true)
+			if errors.Is(err, syscall.ENOSPC) {
+				break
+			} else if err != nil {
+				t.Fatal(err)
+			}
+			clear(data[b:][:block.Size])
+		}
+		for i := range 600 {
+			if _, err := d.Status(t.Context()); err != nil {
+				t.Fatalf("%d segments, look %d: %v", spare, i, err)
+			}
+		}
+		compareAll(t, d, data)
+		if err := d.Close(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

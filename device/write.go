@@ -487,6 +487,9 @@ func (d *Device) makeRoom(ctx context.Context, advice bool) error {
 		return d.noSpace(store.ErrNoSpace)
 	}
 	err := d.store.MakeRoom(ctx, 0, store.Trimming)
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
 	if !errors.Is(err, store.ErrNoSpace) {
 		d.room.failed = time.Time{}
 		return d.noSpace(err)

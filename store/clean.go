@@ -111,6 +111,7 @@ type cleaner struct {
 	records []liveRecord
 	pending []copied     // that are not in the map yet
 	hurry   bool         // writes are waiting
+	trims   bool         // trims are waiting, and no writes
 	waiting atomic.Int32 // writes that wait for room
 	window  []byte
 	blocks  []byte // of a decoded blob, or of several
@@ -248,6 +249,8 @@ func (s *Store) MakeRoom(ctx context.Context, n block.Count, w Want) error {
 // makeRoomFor is MakeRoom. REQUIRES: the cleaner's turn.
 func (s *Store) makeRoomFor(ctx context.Context, n block.Count, w Want) error {
 	c := s.cleaner
+	c.trims = w == Trimming
+	defer func() { c.trims = false }()
 	most := uint32(0)
 	for fruitless := 0; fruitless <= fruitlessMax; fruitless++ {
 		if err := ctx.Err(); err != nil {
@@ -662,7 +665,6 @@ func (c *cleaner) claim(bytes, changes int64) bool {
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
 	s.reserving.Lock()
-	defer s.reserving.Unlock()
 	c.claimed.Add(bytes)
 	c.moving.Add(changes)
 	free, warm := s.segments.room()
@@ -672,8 +674,10 @@ func (c *cleaner) claim(bytes, changes int64) bool {
 	if fits && want > uint64(warm) {
 		fits = s.segments.ensure(s.file, uint32(want)) == nil
 	}
-	if !fits && c.hurry {
-		fits = s.need() <= s.left() // by the byte
+	s.reserving.Unlock()
+	// Room by the byte is for trims alone: a write that waits needs whole segments.
+	if !fits && c.trims {
+		fits = s.need() <= s.left()
 	}
 	if !fits {
 		c.unclaim(bytes, changes)

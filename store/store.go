@@ -93,12 +93,13 @@ type Options struct {
 	// be nil if the caller commits anyhow.
 	NeedCommit func()
 
-	// Trims returns how many holes the caller holds that it will append, at most,
-	// and how many it may hold soon: what asks whether the store is Short counts
-	// itself before. They change the map without a reservation, so that what they
-	// take at the next checkpoint is kept free for them. It is called from any
-	// goroutine and must not block. It may be nil if there are none.
-	Trims func() (held, coming int64)
+	// Trims returns how many holes the caller may have soon, for what asks whether
+	// the store is Short counts itself before, and how many it holds that it will
+	// append, at most; in this order, for what is coming is held before it comes no
+	// more. They change the map without a reservation, so that what they take at
+	// the next checkpoint is kept free for them. It is called from any goroutine and
+	// must not block. It may be nil if there are none.
+	Trims func() (coming, held int64)
 
 	// Warn is told of damage that was found and of other things that an
 	// administrator should know. It may be nil.
@@ -122,7 +123,7 @@ func (o *Options) setDefaults() {
 		o.NeedCommit = func() {}
 	}
 	if o.Trims == nil {
-		o.Trims = func() (held, coming int64) { return 0, 0 }
+		o.Trims = func() (coming, held int64) { return 0, 0 }
 	}
 	if o.Warn == nil {
 		o.Warn = func(string, error) {}
@@ -713,7 +714,10 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 }
 
 // promised is how many blocks are reserved, or just being reserved, which may fail.
-func (s *Store) promised() int64 { return s.reserved.Load() + s.asking.Load() }
+func (s *Store) promised() int64 {
+	asking := s.asking.Load() // first: see the end of Reserve
+	return asking + s.reserved.Load()
+}
 
 // WaitOverlay blocks while the overlays have grown so much that what is to be appended
 // must wait for the checkpoint that is running. Reserve does so too.
@@ -765,14 +769,14 @@ func (s *Store) segmentsFor(n int64, nodes uint64) uint64 {
 // what the cleaner moves: one leaf for each change, though no more than there are
 // leaves.
 func (s *Store) mapWorst(n, nodes uint64) uint64 {
-	return mapBytes(s.changes(cleanChanges)+n, nodes)
+	_, held := s.opts.Trims()
+	return mapBytes(s.changes(cleanChanges)+uint64(held)+n, nodes)
 }
 
-// changes is how many extents and nodes of the map the next checkpoints change, of
-// which the cleaner moves that many at least.
+// changes is how many extents and nodes of the map the next checkpoints change beside
+// trims, of which the cleaner moves that many at least.
 func (s *Store) changes(moves int64) uint64 {
-	held, coming := s.opts.Trims()
-	return uint64(s.entries.Load() + held + coming + max(moves, s.cleaner.moving.Load()+s.cleaner.nodes.Load()))
+	return uint64(s.entries.Load() + max(moves, s.cleaner.moving.Load()+s.cleaner.nodes.Load()))
 }
 
 // mapBytes is the most that two checkpoints append of a map of so many nodes.
@@ -804,8 +808,9 @@ func (s *Store) need() uint64 {
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
 	s.mu.RUnlock()
+	coming, held := s.opts.Trims()
 	n := uint64(s.promised())
-	return 3*s.fixed() + mapBytes(s.changes(0)+n, nodes) + n*blockWorst + uint64(s.cleaner.claimed.Load())
+	return 3*s.fixed() + mapBytes(s.changes(0)+uint64(held+coming)+n, nodes) + n*blockWorst + uint64(s.cleaner.claimed.Load())
 }
 
 // fixed is how many bytes a checkpoint appends beside nodes: the segment table, the
@@ -836,20 +841,39 @@ func (s *Store) left() uint64 {
 // mayCheckpoint tells whether there is room for one that nobody has to have. For what
 // has changed there is: see Short.
 func (s *Store) mayCheckpoint() bool {
-	held, _ := s.opts.Trims()
-	return held > 0 || s.entries.Load() > 0 || s.fixed() <= s.left()
+	_, held := s.opts.Trims()
+	return held > 0 || s.entries.Load() > 0 || s.fixed()+uint64(s.promised())*blockWorst <= s.left()
 }
 
-// settled tells whether checkpoints and commits would change nothing.
+// settled tells whether checkpoints and commits would change nothing: what was
+// appended is in the map, and what is dead is known to be so.
 func (s *Store) settled() bool {
-	held, _ := s.opts.Trims()
+	_, held := s.opts.Trims()
 	if held > 0 || s.entries.Load() > 0 || s.reserved.Load() > 0 || s.trimsPending() > 0 || s.cleaner.nodes.Load() > 0 {
 		return false
 	}
 	s.log.mu.Lock()
 	serial := s.log.mu.head.serial
 	s.log.mu.Unlock()
-	return !s.segments.spent(serial)
+	s.mu.RLock()
+	replay := s.mu.replay
+	s.mu.RUnlock()
+	return serial == replay && !s.segments.spent(serial)
+}
+
+// Settle takes a checkpoint, as Checkpoint does, unless it would change nothing. If
+// the log has no room for one that nobody has to have, the error wraps ErrNoSpace.
+func (s *Store) Settle() error {
+	if err := s.writable(); err != nil {
+		return err
+	}
+	if s.settled() {
+		return nil
+	}
+	if !s.mayCheckpoint() {
+		return fmt.Errorf("store: a checkpoint needs %d bytes, there is room for %d: %w", s.fixed(), s.left(), ErrNoSpace)
+	}
+	return s.Checkpoint()
 }
 
 // trimsPending is the number of blocks in pending trims, of which the next
