@@ -13,7 +13,7 @@ import (
 // space that is kept for them, on a host that is full, end before a checkpoint would
 // run out of space (promise P4): the store stays whole, and opens again.
 func TestTrimsOfLargeMapOnFullHost(t *testing.T) {
-	const blocks = 512 << 10
+	const blocks = 256 << 10
 	d := disktest.New(1, disktest.Options{})
 	must(t, Format(d, testGeometry(blocks, 2000)))
 	c := openCommitted(t, d, Options{})
