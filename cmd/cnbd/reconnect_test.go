@@ -20,7 +20,7 @@ import (
 func TestRuns(t *testing.T) {
 	path := t.TempDir() + "/s"
 	var s *server
-	start := func() run {
+	start := func() *run {
 		t.Helper()
 		s = serve(t, "--size=64MiB", path)
 		about, err := nbd.About(t.Context(), s.uri)
@@ -28,7 +28,7 @@ func TestRuns(t *testing.T) {
 		if err != nil || r == nil {
 			t.Fatalf("the server tells %q, %v", about, err)
 		}
-		return *r
+		return r
 	}
 	write := func(flush bool) {
 		t.Helper()
@@ -49,18 +49,18 @@ func TestRuns(t *testing.T) {
 	s.stop(t)
 	second := start()
 	if second.After != first.ID || second.ID == first.ID {
-		t.Errorf("behind a clean end of %s: %+v", first.ID, second)
+		t.Errorf("behind a clean end of %s: %s after %s", first.ID, second.ID, second.After)
 	}
 	s.stop(t) // with nothing written
 	third := start()
 	if third.After != second.ID {
-		t.Errorf("behind a clean end of %s with nothing written: %+v", second.ID, third)
+		t.Errorf("behind a clean end of %s with nothing written: after %s", second.ID, third.After)
 	}
 	write(false)
 	s.kill()
 	fourth := start()
 	if fourth.After != "" {
-		t.Errorf("behind a kill: %+v", fourth)
+		t.Errorf("behind a kill: after %s", fourth.After)
 	}
 	write(true)
 	s.stop(t)
@@ -76,22 +76,28 @@ func TestRuns(t *testing.T) {
 		t.Fatal(err)
 	}
 	if sixth := start(); sixth.After != "" || sixth.goesOn(fifth.ID) {
-		t.Errorf("with an older ending: %+v", sixth)
+		t.Errorf("with an older ending: after %s", sixth.After)
 	}
 	s.stop(t)
 	do(t, binary, "compact", path) // it writes
 	if seventh := start(); seventh.After != "" {
-		t.Errorf("behind another program: %+v", seventh)
+		t.Errorf("behind another program: after %s", seventh.After)
 	}
 	s.stop(t)
 	if err := os.WriteFile(endingPath(path), []byte("{"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	if eighth := start(); eighth.After != "" {
-		t.Errorf("with a broken ending: %+v", eighth)
+		t.Errorf("with a broken ending: after %s", eighth.After)
 	}
 	if _, err := os.Stat(endingPath(path)); err == nil {
 		t.Error("the ending of the run before is still there")
+	}
+	s.stop(t)
+	s = serve(t, path)
+	s.stop(t)
+	if _, err := os.Stat(endingPath(path)); err == nil {
+		t.Error("an ending that nobody asked for was left")
 	}
 }
 

@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"github.com/google/uuid"
 
@@ -26,6 +27,8 @@ type run struct {
 	// that it had answered is there, and nobody has written since. Empty: none, or
 	// not known.
 	After string
+
+	asked atomic.Bool // by a client, which may want to know its successor
 }
 
 const (
@@ -33,11 +36,12 @@ const (
 	aboutAfter = "after="
 )
 
-// about is what clients are told of r.
+// about is what clients are told of r, when they ask.
 func (r *run) about() []string {
 	if r == nil {
 		return nil
 	}
+	r.asked.Store(true)
 	about := []string{aboutRun + r.ID}
 	if r.After != "" {
 		about = append(about, aboutAfter+r.After)
@@ -114,8 +118,12 @@ func beginRun(path string, store uuid.UUID, epoch uint64) (*run, error) {
 	return r, nil
 }
 
-// end leaves the ending of r, whose store at path is closed, beside it.
+// end leaves the ending of r, whose store at path is closed, beside it, if there may
+// be somebody who wants to know.
 func (r *run) end(path string, store uuid.UUID, epoch uint64) error {
+	if !r.asked.Load() {
+		return nil
+	}
 	b, err := json.Marshal(ending{UUID: store, Run: r.ID, Epoch: epoch})
 	if err != nil {
 		return err
