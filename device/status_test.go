@@ -372,7 +372,7 @@ func TestLookWritesNothing(t *testing.T) {
 	if st.DirtyBytes != 0 || wrote.Load() == 0 {
 		t.Errorf("Status has written nothing out: %d bytes are dirty", st.DirtyBytes)
 	}
-	if q := st.Queue; q.Workers == 0 || q.Submitted == 0 || q.Completed != q.Submitted {
+	if q := st.Queue; q.Workers == 0 || q.Completed == 0 || q.Completed > q.Submitted { // a commit of the checkpoint's may be under way
 		t.Errorf("what was written out has gone through the queue: %+v", q)
 	}
 	if err := d.Close(); err != nil {

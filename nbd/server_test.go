@@ -230,15 +230,17 @@ func TestVerbsReachTheBackend(t *testing.T) {
 // advice. Every other error is told.
 func TestTrimWithoutRoom(t *testing.T) {
 	d := newMemDisk(1 << 20)
-	var fails error
-	d.onTrim = func(uint64, uint64, bool) error { return fails }
+	d.onTrim = func(off, _ uint64, _ bool) error {
+		if off == 0 {
+			return fmt.Errorf("full: %w", syscall.ENOSPC)
+		}
+		return fmt.Errorf("broken: %w", syscall.EIO)
+	}
 	c := serveDisk(t, d).dial("")
-	fails = fmt.Errorf("full: %w", syscall.ENOSPC)
 	if err := c.Trim(t.Context(), 0, 4096, false); err != nil {
 		t.Error(err)
 	}
-	fails = fmt.Errorf("broken: %w", syscall.EIO)
-	if err := c.Trim(t.Context(), 0, 4096, false); !errors.Is(err, syscall.EIO) {
+	if err := c.Trim(t.Context(), 4096, 4096, false); !errors.Is(err, syscall.EIO) {
 		t.Errorf("EIO arrived as %v", err)
 	}
 }
