@@ -713,6 +713,22 @@ func TestWritesBesideTrims(t *testing.T) {
 	}
 }
 
+// fillUp writes every step-th block of a thin device until it is full, and returns the
+// last one.
+func fillUp(t *testing.T, d *Device, step int64) (last int64) {
+	t.Helper()
+	page := make([]byte, block.Size)
+	for b := int64(0); ; b += step {
+		fill(page, uint64(b)+1)
+		_, err := d.WriteAt(page, b*block.Size)
+		if errors.Is(err, syscall.ENOSPC) {
+			return b - step
+		} else if err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
 // TestThinDeviceOverwritten: on a thin device that is full of single blocks what is
 // stored can be overwritten, and trimmed.
 func TestThinDeviceOverwritten(t *testing.T) {
@@ -726,17 +742,7 @@ func TestThinDeviceOverwritten(t *testing.T) {
 	d := open(t, f, o)
 	rng := rand.New(rand.NewPCG(seed, 0))
 	page := make([]byte, block.Size)
-	last := int64(-1)
-	for b := int64(0); ; b += 2 {
-		fill(page, rng.Uint64())
-		_, err := d.WriteAt(page, b*block.Size)
-		if errors.Is(err, syscall.ENOSPC) {
-			break
-		} else if err != nil {
-			t.Fatal(err)
-		}
-		last = b
-	}
+	last := fillUp(t, d, 2)
 	for i := range 800 * disktest.Scale(t) {
 		fill(page, rng.Uint64())
 		if _, err := d.WriteAt(page, rng.Int64N(last+1)&^1*block.Size); err != nil {
@@ -771,17 +777,7 @@ func TestThinDeviceFourthOverwritten(t *testing.T) {
 	format(t, f, g)
 	d := open(t, f, o)
 	page := make([]byte, block.Size)
-	last := int64(-1)
-	for b := int64(0); ; b++ {
-		fill(page, uint64(b)+1)
-		_, err := d.WriteAt(page, b*block.Size)
-		if errors.Is(err, syscall.ENOSPC) {
-			break
-		} else if err != nil {
-			t.Fatal(err)
-		}
-		last = b
-	}
+	last := fillUp(t, d, 1)
 	for b := int64(0); b <= last; b += 4 {
 		fill(page, uint64(b)+99)
 		if _, err := d.WriteAt(page, b*block.Size); err != nil {

@@ -187,17 +187,8 @@ type ExportInfo struct {
 
 // List asks the server of uri for its exports. The export in uri is ignored.
 func List(ctx context.Context, uri string) (list []ExportInfo, err error) {
-	nc, _, config, err := dial(ctx, uri)
-	if err != nil {
-		return nil, err
-	}
-	defer nc.Close()
-	c := &Client{nc: nc, br: bufio.NewReader(nc)}
-	err = withContext(ctx, nc, func() error {
-		if _, err := c.greet(config); err != nil {
-			return err
-		}
-		err := c.ask(optList, nil, func(r optReply, data []byte) error {
+	err = negotiateOnly(ctx, uri, func(c *Client, _ URI) error {
+		return c.ask(optList, nil, func(r optReply, data []byte) error {
 			if r != repServer {
 				return nil
 			}
@@ -208,8 +199,6 @@ func List(ctx context.Context, uri string) (list []ExportInfo, err error) {
 			list = append(list, ExportInfo{string(data[4 : 4+n]), string(data[4+n:])})
 			return nil
 		})
-		c.nc.Write(appendOption(nil, optAbort, nil)) // out of courtesy
-		return err
 	})
 	if err != nil {
 		return nil, fmt.Errorf("nbd: list exports: %w", err)
@@ -220,35 +209,42 @@ func List(ctx context.Context, uri string) (list []ExportInfo, err error) {
 // About asks the server of uri what it has to say of the export for programs, see
 // [Export.About]. Servers of others have nothing to say.
 func About(ctx context.Context, uri string) (about []string, err error) {
+	err = negotiateOnly(ctx, uri, func(c *Client, u URI) error {
+		// Without structured replies there are no contexts.
+		if err := c.ask(optStructured, nil, func(optReply, []byte) error { return nil }); err != nil {
+			return err
+		}
+		return c.ask(optListMeta, appendMetaQuery(nil, u.Export, contextsAbout), func(r optReply, data []byte) error {
+			if r == repMeta && len(data) > 4 {
+				if s, ok := strings.CutPrefix(string(data[4:]), contextsAbout); ok {
+					about = append(about, s)
+				}
+			}
+			return nil
+		})
+	})
+	if err != nil {
+		return nil, fmt.Errorf("nbd: ask about %s: %w", uri, err)
+	}
+	return about, nil
+}
+
+// negotiateOnly connects to the server of uri for f to ask it options, and leaves.
+func negotiateOnly(ctx context.Context, uri string, f func(c *Client, u URI) error) error {
 	nc, u, config, err := dial(ctx, uri)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	defer nc.Close()
-	c := &Client{nc: nc, br: bufio.NewReader(nc)}
-	err = withContext(ctx, nc, func() error {
+	return withContext(ctx, nc, func() error {
+		c := &Client{nc: nc, br: bufio.NewReader(nc)}
 		if _, err := c.greet(config); err != nil {
 			return err
 		}
-		// Without structured replies there are no contexts.
-		err := c.ask(optStructured, nil, func(optReply, []byte) error { return nil })
-		if err == nil {
-			err = c.ask(optListMeta, appendMetaQuery(nil, u.Export, contextsAbout), func(r optReply, data []byte) error {
-				if r == repMeta && len(data) > 4 {
-					if s, ok := strings.CutPrefix(string(data[4:]), contextsAbout); ok {
-						about = append(about, s)
-					}
-				}
-				return nil
-			})
-		}
+		err := f(c, u)
 		c.nc.Write(appendOption(nil, optAbort, nil)) // out of courtesy
 		return err
 	})
-	if err != nil {
-		return nil, fmt.Errorf("nbd: ask about export %q: %w", u.Export, err)
-	}
-	return about, nil
 }
 
 // withContext runs f, whose I/O on nc ends when ctx does.

@@ -163,18 +163,19 @@ func putSockets(e *netlink.AttributeEncoder, sockets []*os.File) {
 // multiple of its block size. What the device was attached to is [Device.Backend].
 // Requests go on meanwhile. It takes a device that was attached by netlink.
 func Resize(d Device, size uint64) error {
-	if err := execute(cmdReconfigure, sizeAttributes(d, size, d.Backend())); err != nil {
+	e := reconfigureAttributes(d, d.Backend())
+	e.Uint64(attrSize, size)
+	if err := execute(cmdReconfigure, e); err != nil {
 		return fmt.Errorf("resize %v: %w", d, err)
 	}
 	return nil
 }
 
-// sizeAttributes are those of the message that resizes d. The kernel compares backend
-// with what it was given, if it was.
-func sizeAttributes(d Device, size uint64, backend string) *netlink.AttributeEncoder {
+// reconfigureAttributes begin the message that changes something of d. The kernel
+// compares backend with what it was given, if it was.
+func reconfigureAttributes(d Device, backend string) *netlink.AttributeEncoder {
 	e := netlink.NewAttributeEncoder()
 	e.Uint32(attrIndex, uint32(d))
-	e.Uint64(attrSize, size)
 	if backend != "" {
 		e.String(attrBackend, backend)
 	}
@@ -185,12 +186,8 @@ func sizeAttributes(d Device, size uint64, backend string) *netlink.AttributeEnc
 // negotiation of the same export; those that there is no dead one for are not used. The
 // sockets are borrowed. What was sent on a dead one and not answered is sent again.
 func Reconnect(d Device, sockets []*os.File) error {
-	e := netlink.NewAttributeEncoder()
-	e.Uint32(attrIndex, uint32(d))
+	e := reconfigureAttributes(d, d.Backend())
 	putSockets(e, sockets)
-	if backend := d.Backend(); backend != "" {
-		e.String(attrBackend, backend)
-	}
 	if err := execute(cmdReconfigure, e); err != nil {
 		return fmt.Errorf("connect %v again: %w", d, err)
 	}

@@ -64,17 +64,16 @@ func TestAttributes(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Errorf("got\n%x, want\n%x", got, want)
 	}
-	got, err = sizeAttributes(3, 1<<33, "nbd://a").Encode()
+	got, err = reconfigureAttributes(3, "nbd://a").Encode()
 	if err != nil {
 		t.Fatal(err)
 	}
 	want = slices.Concat(
 		[]byte{8, 0, 1, 0, 3, 0, 0, 0},
-		[]byte{12, 0, 2, 0, 0, 0, 0, 0, 2, 0, 0, 0},
 		[]byte("\x0c\x00\x0a\x00nbd://a\x00"),
 	)
 	if !bytes.Equal(got, want) {
-		t.Errorf("for a resize\n%x, want\n%x", got, want)
+		t.Errorf("for a change\n%x, want\n%x", got, want)
 	}
 }
 
