@@ -523,6 +523,10 @@ type builder[T entry[T]] struct {
 	notes []note // on each item
 	bytes int    // of the node that items would make; 0 if there are none
 	hot   bool   // a node that items came from was cached
+
+	// What measure encodes an entry with, which would be allocated each time.
+	at      cursor
+	scratch [64]byte // an entry has less than 48 bytes
 }
 
 type note struct {
@@ -550,12 +554,11 @@ func (b *builder[T]) add(e T, fresh bool) {
 
 // measure brings the size of item i up to date.
 func (b *builder[T]) measure(i int) {
-	var scratch [64]byte // an entry has less than 48 bytes
-	at := cursor{end: b.items[i].Range().Start}
+	b.at = cursor{end: b.items[i].Range().Start}
 	if i > 0 {
-		b.items[i-1].after(&at)
+		b.items[i-1].after(&b.at)
 	}
-	size := len(b.items[i].put(scratch[:0], &at))
+	size := len(b.items[i].put(b.scratch[:0], &b.at))
 	b.bytes += size - int(b.notes[i].size)
 	b.notes[i].size = uint8(size)
 }

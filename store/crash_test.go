@@ -2,8 +2,10 @@ package store
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"io"
 	"math/rand/v2"
 	"testing"
@@ -430,5 +432,19 @@ func TestHeaderRoundTrip(t *testing.T) {
 	}
 	if _, _, err := decodeHeader(b[:], 43, 8192); err == nil {
 		t.Error("accepted with the seed of another segment")
+	}
+}
+
+// TestTally: the running checksum is that of the checksums, one behind the other.
+func TestTally(t *testing.T) {
+	var got tally
+	var sums []byte
+	for i := range uint32(100) {
+		sum := i * 2654435761
+		got.add(sum, i)
+		sums = binary.LittleEndian.AppendUint32(sums, sum)
+		if want := (tally{uint64(i) + 1, uint64(i+1)*recordHeader + uint64(i*(i+1)/2), crc32.Checksum(sums, castagnoli)}); got != want {
+			t.Fatalf("after %d records: %+v, want %+v", i+1, got, want)
+		}
 	}
 }

@@ -541,9 +541,13 @@ type tally struct {
 }
 
 func (t *tally) add(headerSum, length uint32) {
-	var b [4]byte
-	binary.LittleEndian.PutUint32(b[:], headerSum)
-	t.running = crc32.Update(t.running, castagnoli, b[:])
+	// What crc32.Update does to four bytes, which it would have allocated.
+	sum := ^t.running
+	for range 4 {
+		sum = castagnoli[byte(sum^headerSum)] ^ sum>>8
+		headerSum >>= 8
+	}
+	t.running = ^sum
 	t.count++
 	t.bytes += recordHeader + uint64(length)
 }

@@ -61,6 +61,9 @@ type log struct {
 		records uint64 // records appended since the last snapshot
 		// snapshot is the serial of the segment that the last snapshot ends in.
 		snapshot uint64
+		// header is what a record header is encoded in: what the checksum is
+		// computed of would be allocated each time.
+		header [recordHeader]byte
 	}
 
 	written struct {
@@ -274,9 +277,8 @@ func (l *log) appendLocked(h header, parts ...[]byte) (blobRef, error) {
 		}
 		h.checksum = sum
 	}
-	var b [recordHeader]byte
-	l.mu.tally.add(h.encode(b[:], l.mu.seed), h.length)
-	l.copyLocked(b[:])
+	l.mu.tally.add(h.encode(l.mu.header[:], l.mu.seed), h.length)
+	l.copyLocked(l.mu.header[:])
 	ref := blobRef{l.mu.head.number, l.mu.end, h.length, h.checksum}
 	for _, p := range parts {
 		l.copyLocked(p)

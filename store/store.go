@@ -539,9 +539,10 @@ func (s *Store) lookupTree(root extents.Root, out []extents.Extent, from int) ([
 	if !missing {
 		return out, nil
 	}
-	pieces := append([]extents.Extent(nil), out[from:]...)
-	out = out[:from]
-	for _, p := range pieces {
+	// What comes in their place goes behind all of it, and is then moved there.
+	n := len(out) - from
+	for i := range n {
+		p := out[from+i]
 		if p.Kind != inTree {
 			out = append(out, p)
 			continue
@@ -556,13 +557,13 @@ func (s *Store) lookupTree(root extents.Root, out []extents.Extent, from int) ([
 			return nil
 		})
 		if err != nil {
-			return out, fmt.Errorf("store: look up %v: %w", p.Range(), err)
+			return out[:from], fmt.Errorf("store: look up %v: %w", p.Range(), err)
 		}
 		if pos < end {
 			out = append(out, hole(block.Range{Start: pos, End: end}))
 		}
 	}
-	return out, nil
+	return append(out[:from], out[from+n:]...), nil
 }
 
 // inTree marks, inside Lookup, a run that only the tree knows of.
