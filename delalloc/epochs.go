@@ -58,6 +58,7 @@ type Epochs struct {
 
 	open   *Epoch // guarded by gate
 	frozen *Epoch // owned by the committer
+	spare  *Epoch // of an older epoch, clean, for the next one; owned by the committer
 
 	trims atomic.Int64 // holes of the open epoch, and of the frozen one until all is appended
 }
@@ -104,6 +105,21 @@ func (e *Epochs) freeze(holeSeq func() uint64) *Epoch {
 	if mutant.Is(mutant.EpochLeak) {
 		return f
 	}
-	e.open = &Epoch{Number: f.Number + 1, State: extents.NewStateTree()}
+	next := e.spare
+	if next == nil {
+		next = &Epoch{State: extents.NewStateTree()}
+	}
+	next.Number, e.open, e.spare = f.Number+1, next, nil
 	return f
+}
+
+// recycle keeps a frozen epoch, whose changes have been appended, for its memory:
+// nobody has anything to do with it any more. Should somebody hold the lock of a
+// range beyond the epoch, it is left to him.
+func (e *Epochs) recycle(f *Epoch) {
+	if f.State.Empty() {
+		f.settle()
+		f.holeSeq = 0
+		e.spare = f
+	}
 }

@@ -539,6 +539,7 @@ func (w *Writeback) Commit(ctx context.Context, es *Epochs) error {
 		return fmt.Errorf("delalloc: commit: %w", err)
 	}
 	es.trims.Add(-e.trims.Swap(0)) // they are appended
+	es.recycle(e)
 	if t.err != nil || !t.ok {
 		return t.err
 	}
