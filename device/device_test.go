@@ -795,6 +795,65 @@ func TestReadOfBlockBeingWritten(t *testing.T) {
 	}
 }
 
+// TestFailedReadLeavesNothing: of a read that fails while it has a block to look at
+// again, since that was written meanwhile, nothing is left to the next read, which
+// uses its memory.
+func TestFailedReadLeavesNothing(t *testing.T) {
+	const written, failing = 290, 600 // in other windows of the map than block 0
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(4<<20, compression.None))
+	o := Options{CacheBytes: 8 << 20, Workers: 2, CommitInterval: time.Hour}
+	d := open(t, f, o)
+	data := noise(1, block.Size)
+	for _, b := range []int64{0, failing} {
+		if _, err := d.WriteAt(data, b*block.Size); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	d = open(t, f, o)
+
+	reading, proceed := make(chan struct{}), make(chan struct{})
+	var first sync.Once
+	f.SetHook(func(op disktest.Op) {
+		if op.Kind == disktest.Read && op.Len == block.Size {
+			first.Do(func() { // it is of block 0
+				close(reading)
+				<-proceed
+			})
+		}
+	})
+	read := make(chan error, 1)
+	go func() {
+		_, err := d.Read(t.Context(), 0, (failing+1)*block.Size)
+		read <- err
+	}()
+	<-reading
+	if _, err := d.WriteAt(data, written*block.Size); err != nil {
+		t.Fatal(err)
+	}
+	f.Inject(disktest.Fault{Kinds: disktest.Read, After: 1, Times: 1})
+	close(proceed)
+	if err := <-read; !errors.Is(err, syscall.EIO) {
+		t.Fatalf("read: %v, want EIO", err)
+	}
+	if st, err := d.Look(); err != nil || st.Reads.Late != 1 {
+		t.Fatalf("%d late, %v", st.Reads.Late, err)
+	}
+	got := make([]byte, block.Size)
+	for _, b := range []int64{0, written, failing} {
+		if _, err := d.ReadAt(got, b*block.Size); err != nil || !bytes.Equal(got, data) {
+			t.Errorf("block %d: %v, or other data", b, err)
+		}
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestCommitIsOneWriteAndOneSync: a small write and a flush cost one write and one
 // sync of the backing file.
 func TestCommitIsOneWriteAndOneSync(t *testing.T) {

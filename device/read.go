@@ -19,6 +19,7 @@ type Payload struct {
 	d        *Device
 	segments [][]byte
 	refs     []pagecache.Ref
+	reading  reading // that filled it; kept for its memory
 }
 
 // Segments are the bytes in order. They do not change, and are valid until Release.
@@ -53,7 +54,7 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 	}
 	p := d.payloads.Get().(*Payload)
 	r := block.Covering(off, uint64(n))
-	if err := d.readBlocks(ctx, r, p); err != nil {
+	if err := p.readBlocks(ctx, r); err != nil {
 		d.metrics.readErrors.Add(1)
 		p.Release()
 		return nil, err
@@ -75,8 +76,10 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 }
 
 // readBlocks puts the blocks of r into p, a segment each.
-func (d *Device) readBlocks(ctx context.Context, r block.Range, p *Payload) error {
-	rd := reading{d: d, p: p}
+func (p *Payload) readBlocks(ctx context.Context, r block.Range) error {
+	rd := &p.reading
+	rd.d, rd.p = p.d, p
+	rd.claims, rd.late = rd.claims[:0], nil // a read that failed may have left some
 	for range r.Len() {
 		p.segments = append(p.segments, nil)
 	}
@@ -109,6 +112,12 @@ type reading struct {
 	// up: they are in the cache, and what the map says of them may not be in the
 	// file yet.
 	late []claim
+
+	// What resolve works with, empty before and after.
+	ext   []extents.Extent // what the map says of a window
+	mine  []claim          // that one blob answers
+	near  []claim          // of other blocks that it holds
+	again []extents.Extent // what the map says of these
 }
 
 // get takes block b from the cache, or claims it.
@@ -156,7 +165,6 @@ func (rd *reading) resolve() (err error) {
 	d.metrics.misses.Add(1)
 	view := d.store.View()
 	defer d.store.Unview(view)
-	var ext []extents.Extent
 	for len(claims) > 0 {
 		// One window of the map at a time: the blocks of up to a chunk. Blobs do
 		// not cross multiples of the largest extent, so the window does not cut any.
@@ -167,13 +175,13 @@ func (rd *reading) resolve() (err error) {
 			n++
 		}
 		win.End = min((claims[n-1].Block()|mask)+1, d.end())
-		ext, err = d.store.Lookup(win, ext[:0])
+		rd.ext, err = d.store.Lookup(win, rd.ext[:0])
 		d.metrics.lookups.Add(1)
 		if err != nil {
 			d.abandon(claims)
 			return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 		}
-		if err := d.resolveWindow(rd.standing(claims[:n]), ext, rd.p); err != nil {
+		if err := rd.resolveWindow(rd.standing(claims[:n])); err != nil {
 			d.abandon(claims[n:])
 			return err
 		}
@@ -205,8 +213,9 @@ func (d *Device) abandon(claims []claim) {
 	}
 }
 
-// resolveWindow fills the claims from the extents that cover them.
-func (d *Device) resolveWindow(claims []claim, ext []extents.Extent, p *Payload) error {
+// resolveWindow fills the claims from the extents that cover them, rd.ext.
+func (rd *reading) resolveWindow(claims []claim) error {
+	d, ext := rd.d, rd.ext
 	for len(claims) > 0 {
 		b := claims[0].Block()
 		for !ext[0].Range().Contains(b) {
@@ -219,36 +228,19 @@ func (d *Device) resolveWindow(claims []claim, ext []extents.Extent, p *Payload)
 			for n < len(claims) && e.Range().Contains(claims[n].Block()) {
 				// Zeros need no frame; the answer is right although a write may
 				// have come since the lookup, for it overlaps this read in time.
-				p.segments[claims[n].segment] = zeroPage[:]
+				rd.p.segments[claims[n].segment] = zeroPage[:]
 				d.cache.Abandon(claims[n].Claim)
 				n++
 			}
 			d.metrics.holesRead.Add(1)
 		case extents.Data:
 			// Every claim of this blob, also beyond a hole or another extent.
-			same := func(b block.Index) bool {
-				for i := range ext {
-					if ext[i].Range().Contains(b) {
-						return ext[i].SameBlob(e)
-					}
-				}
-				return false
-			}
-			mine := make([]claim, 0, store.ExtentBlocksMax)
-			rest := claims[:0:0]
-			for _, c := range claims {
-				if len(mine) < cap(mine) && same(c.Block()) {
-					mine = append(mine, c)
-				} else {
-					rest = append(rest, c)
-				}
-			}
-			if err := d.fillBlob(e, ext, mine, p); err != nil {
-				d.abandon(rest)
+			same := blobExtents(ext, e)
+			n = rd.takeMine(claims, same, e)
+			if err := rd.fillBlob(e, same); err != nil {
+				d.abandon(claims[n:])
 				return err
 			}
-			claims = rest
-			continue
 		default:
 			d.abandon(claims)
 			return fmt.Errorf("device: block %d was damaged in the store: %w", b, syscall.EIO)
@@ -258,15 +250,51 @@ func (d *Device) resolveWindow(claims []claim, ext []extents.Extent, p *Payload)
 	return nil
 }
 
-// fillBlob reads and decodes the blob of e once, and fills from it the claims,
-// all of which it covers, and every absent page that the mapping covers.
-func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim, p *Payload) error {
-	blob, release, err := d.decode(e.Addr)
+// blobExtents is the part of ext, which begins with e, in which extents of its blob
+// can be: blocks further away are not in it.
+func blobExtents(ext []extents.Extent, e extents.Extent) []extents.Extent {
+	end := e.Start + block.Index(e.Addr.Blocks-e.Skip)
+	n := 1
+	for n < len(ext) && ext[n].Start < end {
+		n++
+	}
+	return ext[:n]
+}
+
+// takeMine makes rd.mine the claims that the blob of e answers by one of ext, and
+// moves the others up. It returns how many it has taken.
+func (rd *reading) takeMine(claims []claim, ext []extents.Extent, e extents.Extent) int {
+	rd.mine = rd.mine[:0]
+	others, seen := 0, 0
+	for _, c := range claims {
+		for len(ext) > 0 && ext[0].Range().End <= c.Block() {
+			ext = ext[1:]
+		}
+		if len(ext) == 0 {
+			break
+		}
+		if ext[0].SameBlob(e) {
+			rd.mine = append(rd.mine, c)
+		} else {
+			claims[others] = c
+			others++
+		}
+		seen++
+	}
+	copy(claims[seen-others:seen], claims[:others])
+	return seen - others
+}
+
+// fillBlob reads and decodes the blob of e once, and fills from it the claims
+// rd.mine, all of which it covers, and every absent page that the mapping covers, ext.
+func (rd *reading) fillBlob(e extents.Extent, ext []extents.Extent) error {
+	d, p := rd.d, rd.p
+	blob, buf, err := d.decode(e.Addr)
 	if err != nil {
-		d.abandon(claims)
+		d.abandon(rd.mine)
 		return err
 	}
-	defer release()
+	defer d.scratch.Put(buf)
 	page := func(e extents.Extent, b block.Index) []byte {
 		i := int(b+block.Index(e.Skip)) - int(e.Start)
 		return blob[i*block.Size : (i+1)*block.Size]
@@ -275,7 +303,7 @@ func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim
 		d.metrics.bookends.Add(1)
 	}
 	// Neighbours first claimed, then looked up again, then filled.
-	var near []claim
+	near := rd.near[:0]
 	for i := range ext {
 		x := ext[i]
 		if !x.SameBlob(e) {
@@ -287,13 +315,15 @@ func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim
 			}
 		}
 	}
+	rd.near = near
 	if len(near) > 0 {
 		win := block.Range{Start: near[0].Block(), End: near[len(near)-1].Block() + 1}
-		again, err := d.store.Lookup(win, nil)
+		rd.again, err = d.store.Lookup(win, rd.again[:0])
 		if err != nil {
 			d.abandon(near)
 			near = nil
 		}
+		again := rd.again
 		for _, c := range near {
 			for len(again) > 1 && !again[0].Range().Contains(c.Block()) {
 				again = again[1:]
@@ -308,7 +338,7 @@ func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim
 			}
 		}
 	}
-	for _, c := range claims {
+	for _, c := range rd.mine {
 		data := page(e, c.Block())
 		if ref, ok := d.cache.FillPinned(c.Claim, data); ok {
 			p.refs = append(p.refs, ref)
@@ -321,24 +351,23 @@ func (d *Device) fillBlob(e extents.Extent, ext []extents.Extent, claims []claim
 	return nil
 }
 
-// decode reads the blob at a and decodes it. The bytes are valid until release.
-func (d *Device) decode(a extents.Addr) (blob []byte, release func(), err error) {
+// decode reads the blob at a and decodes it. The bytes are valid until the caller
+// gives buf, where they are, back to d.scratch.
+func (d *Device) decode(a extents.Addr) (blob, buf []byte, err error) {
 	d.metrics.decodes.Add(1)
 	// One buffer for both forms: a reader that held one and waited for another
 	// could wait for readers that do the same.
-	buf, err := d.scratch.Get(context.Background())
-	if err != nil {
+	if buf, err = d.scratch.Get(context.Background()); err != nil {
 		return nil, nil, fmt.Errorf("device: %w", err)
 	}
-	release = func() { d.scratch.Put(buf) }
 	if blob, err = d.decodeInto(buf, a); err != nil {
-		release()
+		d.scratch.Put(buf)
 		if errors.Is(err, store.ErrCorrupt) {
 			d.opts.Warn("damaged data in the store", err)
 		}
 		return nil, nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
 	}
-	return blob, release, nil
+	return blob, buf, nil
 }
 
 func (d *Device) decodeInto(buf []byte, a extents.Addr) ([]byte, error) {

@@ -55,9 +55,14 @@ func (s *Snapshot) ReadAt(ctx context.Context, p []byte, off uint64) error {
 	}
 	clear(p)
 	var last extents.Addr // decoded into blob
-	var blob []byte
-	release := func() {}
-	defer func() { release() }()
+	var blob, buf []byte
+	release := func() {
+		if buf != nil {
+			s.d.scratch.Put(buf)
+			buf = nil
+		}
+	}
+	defer release()
 	var ext []extents.Extent
 	return s.visit(ctx, block.Covering(off, uint64(len(p))), &ext, func(e extents.Extent) (bool, error) {
 		if e.Kind != extents.Data {
@@ -65,12 +70,11 @@ func (s *Snapshot) ReadAt(ctx context.Context, p []byte, off uint64) error {
 		}
 		if e.Addr != last {
 			release()
-			b, r, err := s.d.decode(e.Addr)
-			if err != nil {
-				release = func() {}
+			var err error
+			if blob, buf, err = s.d.decode(e.Addr); err != nil {
 				return false, err
 			}
-			blob, release, last = b, r, e.Addr
+			last = e.Addr
 		}
 		data, at := blob[int(e.Skip)*block.Size:][:e.Count.Bytes()], e.Start.Bytes()
 		if at < off {

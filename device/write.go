@@ -369,11 +369,11 @@ func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
 	case extents.Hole:
 		return zeroPage[:], nil
 	case extents.Data:
-		blob, release, err := d.decode(e.Addr)
+		blob, buf, err := d.decode(e.Addr)
 		if err != nil {
 			return nil, err
 		}
-		defer release()
+		defer d.scratch.Put(buf)
 		return append([]byte(nil), blob[int(e.Skip)*block.Size:][:block.Size]...), nil
 	}
 	return nil, fmt.Errorf("device: block %d was damaged in the store, and can be written as a whole only: %w", b, syscall.EIO)
