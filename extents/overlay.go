@@ -51,22 +51,35 @@ func (o *Overlay) Insert(e Extent) {
 			break
 		}
 		xr := x.Range()
-		if xr.End > r.End {
+		switch {
+		case xr.End > r.End:
 			o.byEnd.Set(xr.End, x.Clip(block.Range{Start: r.End, End: xr.End}))
-		} else {
+		case xr.End < r.End:
 			o.byEnd.Delete(xr.End)
+		default:
+			// Its key is that of e, which will replace it.
 		}
 		if xr.Start < r.Start {
 			o.byEnd.Set(r.Start, x.Clip(block.Range{Start: xr.Start, End: r.Start}))
 		}
+		if xr.End >= r.End {
+			break // nothing else is under e
+		}
 	}
-	if x, ok := o.byEnd.Get(r.Start); ok && x.continues(e) {
-		o.byEnd.Delete(r.Start)
-		x.Count += e.Count
-		e = x
+	// The beginning of a blob continues nothing, and nothing continues its end: most
+	// of what is entered is whole, and need not be looked for beside.
+	if e.Kind != Data || e.Skip > 0 {
+		if x, ok := o.byEnd.Get(r.Start); ok && x.continues(e) {
+			o.byEnd.Delete(r.Start)
+			x.Count += e.Count
+			e = x
+		}
 	}
-	if x, ok := o.after(r.End); ok && e.continues(x) {
-		e.Count += x.Count // x's key is the end of both: Set replaces it
+	if e.Kind != Data || uint64(e.Skip)+uint64(e.Count) < uint64(e.Addr.Blocks) {
+		if x, ok := o.after(r.End); ok && e.continues(x) {
+			o.byEnd.Delete(r.End)
+			e.Count += x.Count // x's key is the end of both: Set replaces it
+		}
 	}
 	o.byEnd.Set(e.Range().End, e)
 }

@@ -124,6 +124,7 @@ func TestOverlayInsert(t *testing.T) {
 	}{
 		{"apart", []Extent{d(8, 2, 4), d(0, 1, 4)}, "0+4:D1.0/4 8+4:D2.0/4"},
 		{"adjoining blobs stay", []Extent{d(0, 1, 4), d(4, 2, 4)}, "0+4:D1.0/4 4+4:D2.0/4"},
+		{"same range, put together with what is behind", []Extent{{Start: 2, Count: 6, Kind: Data, Skip: 2, Addr: d(0, 1, 8).Addr}, d(0, 2, 2), {Start: 0, Count: 2, Kind: Data, Addr: d(0, 1, 8).Addr}}, "0+8:D1.0/8"},
 		{"same range", []Extent{d(0, 1, 4), d(0, 2, 4)}, "0+4:D2.0/4"},
 		{"head", []Extent{d(4, 1, 4), d(2, 2, 4)}, "2+4:D2.0/4 6+2:D1.2/4"},
 		{"tail", []Extent{d(4, 1, 4), d(6, 2, 4)}, "4+2:D1.0/4 6+4:D2.0/4"},
@@ -215,20 +216,23 @@ func TestOverlayAllocates(t *testing.T) {
 }
 
 func BenchmarkOverlayInsert(b *testing.B) {
-	for _, c := range []string{"sequential", "random"} {
+	for _, c := range []string{"sequential", "random", "over"} {
 		b.Run(c, func(b *testing.B) {
 			maker := blobMaker{rand: rand.New(rand.NewPCG(1, 1))}
 			es := make([]Extent, 1<<16)
 			for i := range es {
 				es[i] = maker.extent(block.Index(i) * 16)
 			}
-			if c == "random" {
+			if c != "sequential" {
 				maker.rand.Shuffle(len(es), func(i, j int) { es[i], es[j] = es[j], es[i] })
 			}
 			b.ReportAllocs()
-			var o *Overlay
+			o := NewOverlay()
+			for _, e := range es {
+				o.Insert(e)
+			}
 			for i := 0; b.Loop(); i++ {
-				if i%len(es) == 0 {
+				if i%len(es) == 0 && c != "over" {
 					o = NewOverlay()
 				}
 				o.Insert(es[i%len(es)])
