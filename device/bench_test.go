@@ -141,6 +141,7 @@ var loads = []struct {
 	{"ReadHit", Options{}, (*load).hit, 1, 0},
 	{"ReadMiss", smallCache, (*load).miss, 1, 0.1},
 	{"ReadMiss1M", smallCache, (*load).large, 256, 0.5},
+	{"ReadMiss1MOf4K", Options{CacheBytes: 4 << 20, ExtentBytes: block.Size}, (*load).large, 256, 0.5},
 	// Now and then the trees of what is dirty, and of what the log has, get nodes.
 	{"Write", smallCache, (*load).write, 1, 0.25},
 	// A commit has a few objects of its own.

@@ -795,6 +795,60 @@ func TestReadOfBlockBeingWritten(t *testing.T) {
 	}
 }
 
+// TestNeighbours: a block that is read brings those before and behind it that its
+// extent has, but not what is mapped elsewhere by then: one of them is trimmed while
+// the extent is read.
+func TestNeighbours(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(4<<20, compression.None))
+	o := Options{CacheBytes: 8 << 20, Workers: 2, CommitInterval: time.Hour}
+	d := open(t, f, o)
+	want := noise(1, 16*block.Size)
+	over := noise(2, block.Size)
+	if _, err := d.WriteAt(want, 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Flush(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := d.WriteAt(over, 4*block.Size); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	d = open(t, f, o)
+	f.SetHook(func(op disktest.Op) {
+		if op.Kind != disktest.Read || op.Len != int64(len(want)) {
+			return
+		}
+		f.SetHook(nil)
+		if err := d.Trim(t.Context(), 12*block.Size, block.Size, true); err != nil {
+			t.Error(err)
+		}
+	})
+	got := make([]byte, len(want))
+	if _, err := d.ReadAt(got[:block.Size], 7*block.Size); err != nil || !bytes.Equal(got[:block.Size], want[7*block.Size:][:block.Size]) {
+		t.Fatalf("block 7: %v, or other data", err)
+	}
+	// Of the 16 blocks one is what was asked for, one is elsewhere, one is trimmed.
+	if st, err := d.Look(); err != nil || st.Reads.Decodes != 1 || st.Reads.Neighbours != 13 || st.Reads.Stale != 1 || st.Reads.Bookends != 1 {
+		t.Errorf("%+v, %v", st.Reads, err)
+	}
+	copy(want[4*block.Size:], over)
+	clear(want[12*block.Size:][:block.Size])
+	if _, err := d.ReadAt(got, 0); err != nil || differ(got, want) >= 0 {
+		t.Errorf("%v, or byte %d differs", err, differ(got, want))
+	}
+	if st, err := d.Look(); err != nil || st.Reads.Decodes != 2 {
+		t.Errorf("%+v, %v", st.Reads, err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // TestFailedReadLeavesNothing: of a read that fails while it has a block to look at
 // again, since that was written meanwhile, nothing is left to the next read, which
 // uses its memory.

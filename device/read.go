@@ -114,7 +114,9 @@ type reading struct {
 	late []claim
 
 	// What resolve works with, empty before and after.
-	ext   []extents.Extent // what the map says of a window
+	win   block.Range      // a window of the map
+	ext   []extents.Extent // what the map says of it
+	whole []extents.Extent // what it says of the blocks of one blob
 	mine  []claim          // that one blob answers
 	near  []claim          // of other blocks that it holds
 	again []extents.Extent // what the map says of these
@@ -166,16 +168,15 @@ func (rd *reading) resolve() (err error) {
 	view := d.store.View()
 	defer d.store.Unview(view)
 	for len(claims) > 0 {
-		// One window of the map at a time: the blocks of up to a chunk. Blobs do
-		// not cross multiples of the largest extent, so the window does not cut any.
-		const mask = block.Index(store.ExtentBlocksMax - 1)
-		win := block.Range{Start: claims[0].Block() &^ mask}
+		// One window of the map at a time, up to a chunk; and no more than is asked
+		// for, since there may be an extent for each block.
+		limit := claims[0].Block()&^(store.ExtentBlocksMax-1) + 8*store.ExtentBlocksMax
 		n := 0
-		for n < len(claims) && claims[n].Block() < win.Start+8*store.ExtentBlocksMax {
+		for n < len(claims) && claims[n].Block() < limit {
 			n++
 		}
-		win.End = min((claims[n-1].Block()|mask)+1, d.end())
-		rd.ext, err = d.store.Lookup(win, rd.ext[:0])
+		rd.win = block.Range{Start: claims[0].Block(), End: claims[n-1].Block() + 1}
+		rd.ext, err = d.store.Lookup(rd.win, rd.ext[:0])
 		d.metrics.lookups.Add(1)
 		if err != nil {
 			d.abandon(claims)
@@ -286,60 +287,25 @@ func (rd *reading) takeMine(claims []claim, ext []extents.Extent, e extents.Exte
 }
 
 // fillBlob reads and decodes the blob of e once, and fills from it the claims
-// rd.mine, all of which it covers, and every absent page that the mapping covers, ext.
+// rd.mine, all of which it covers, and every absent page that the mapping covers. ext
+// is what the window has of the blob.
 func (rd *reading) fillBlob(e extents.Extent, ext []extents.Extent) error {
 	d, p := rd.d, rd.p
+	near := len(rd.mine) < int(e.Addr.Blocks)
+	if near {
+		ext = rd.lookupBlob(e, ext)
+	}
 	blob, buf, err := d.decode(e.Addr)
 	if err != nil {
 		d.abandon(rd.mine)
 		return err
 	}
 	defer d.scratch.Put(buf)
-	page := func(e extents.Extent, b block.Index) []byte {
-		i := int(b+block.Index(e.Skip)) - int(e.Start)
-		return blob[i*block.Size : (i+1)*block.Size]
-	}
-	if e.Count < block.Count(e.Addr.Blocks) {
-		d.metrics.bookends.Add(1)
-	}
-	// Neighbours first claimed, then looked up again, then filled.
-	near := rd.near[:0]
-	for i := range ext {
-		x := ext[i]
-		if !x.SameBlob(e) {
-			continue
-		}
-		for b := x.Start; b < x.Range().End; b++ {
-			if cl, ok := d.cache.TryClaim(b); ok {
-				near = append(near, claim{Claim: cl})
-			}
-		}
-	}
-	rd.near = near
-	if len(near) > 0 {
-		win := block.Range{Start: near[0].Block(), End: near[len(near)-1].Block() + 1}
-		rd.again, err = d.store.Lookup(win, rd.again[:0])
-		if err != nil {
-			d.abandon(near)
-			near = nil
-		}
-		again := rd.again
-		for _, c := range near {
-			for len(again) > 1 && !again[0].Range().Contains(c.Block()) {
-				again = again[1:]
-			}
-			if x := again[0]; x.Range().Contains(c.Block()) && x.SameBlob(e) {
-				if d.cache.Fill(c.Claim, page(x, c.Block())) {
-					d.metrics.neighbours.Add(1)
-				}
-			} else {
-				d.metrics.stale.Add(1)
-				d.cache.Abandon(c.Claim)
-			}
-		}
+	if near {
+		rd.fillNear(e, ext, blob)
 	}
 	for _, c := range rd.mine {
-		data := page(e, c.Block())
+		data := pageOf(blob, e, c.Block())
 		if ref, ok := d.cache.FillPinned(c.Claim, data); ok {
 			p.refs = append(p.refs, ref)
 			p.segments[c.segment] = d.cache.Bytes(ref)
@@ -349,6 +315,73 @@ func (rd *reading) fillBlob(e extents.Extent, ext []extents.Extent) error {
 		}
 	}
 	return nil
+}
+
+// lookupBlob is what the map has of all blocks of the blob of e; ext is what the
+// window has of them, which is enough if they lie in it, or if there is an error.
+func (rd *reading) lookupBlob(e extents.Extent, ext []extents.Extent) []extents.Extent {
+	r := block.Span(e.Start-block.Index(e.Skip), block.Count(e.Addr.Blocks)).Intersect(block.Range{End: rd.d.end()})
+	if rd.win.Covers(r) {
+		return ext
+	}
+	var err error
+	if rd.whole, err = rd.d.store.Lookup(r, rd.whole[:0]); err != nil {
+		return ext
+	}
+	return rd.whole
+}
+
+// fillNear fills the absent pages that the mapping of the blob of e covers, by ext,
+// beside those in rd.mine.
+func (rd *reading) fillNear(e extents.Extent, ext []extents.Extent, blob []byte) {
+	d := rd.d
+	// Neighbours first claimed, then looked up again, then filled.
+	near, mine, cut := rd.near[:0], rd.mine, true
+	for _, x := range ext {
+		if !x.SameBlob(e) {
+			continue
+		}
+		cut = cut && x.Count < block.Count(e.Addr.Blocks)
+		for b := x.Start; b < x.Range().End; b++ {
+			if len(mine) > 0 && mine[0].Block() == b {
+				mine = mine[1:]
+			} else if cl, ok := d.cache.TryClaim(b); ok {
+				near = append(near, claim{Claim: cl})
+			}
+		}
+	}
+	rd.near = near
+	if cut {
+		d.metrics.bookends.Add(1)
+	}
+	if len(near) == 0 {
+		return
+	}
+	again, err := d.store.Lookup(block.Range{Start: near[0].Block(), End: near[len(near)-1].Block() + 1}, rd.again[:0])
+	rd.again = again
+	if err != nil {
+		d.abandon(near)
+		return
+	}
+	for _, c := range near {
+		for !again[0].Range().Contains(c.Block()) {
+			again = again[1:]
+		}
+		if x := again[0]; x.SameBlob(e) {
+			if d.cache.Fill(c.Claim, pageOf(blob, x, c.Block())) {
+				d.metrics.neighbours.Add(1)
+			}
+		} else {
+			d.metrics.stale.Add(1)
+			d.cache.Abandon(c.Claim)
+		}
+	}
+}
+
+// pageOf is block b, which e maps, in the blob of e.
+func pageOf(blob []byte, e extents.Extent, b block.Index) []byte {
+	i := int(b+block.Index(e.Skip)) - int(e.Start)
+	return blob[i*block.Size : (i+1)*block.Size]
 }
 
 // decode reads the blob at a and decodes it. The bytes are valid until the caller
