@@ -96,13 +96,18 @@ func (l *load) miss(tb testing.TB) { l.read(tb, l.random(), 1) }
 func (l *load) large(tb testing.TB) { l.read(tb, l.random()&^255, 256) }
 
 // write writes a random block.
-func (l *load) write(tb testing.TB) {
+func (l *load) write(tb testing.TB) { l.writeAt(tb, l.random().Bytes(), block.Size) }
+
+// part writes a sector of a random block, which has to be read for that, mostly.
+func (l *load) part(tb testing.TB) { l.writeAt(tb, l.random().Bytes()+512, 512) }
+
+func (l *load) writeAt(tb testing.TB, off uint64, n int) {
 	l.p[l.rng.IntN(len(l.p))]++
-	w, err := l.d.PrepareWrite(tb.Context(), l.random().Bytes(), block.Size)
+	w, err := l.d.PrepareWrite(tb.Context(), off, uint32(n))
 	if err != nil {
 		tb.Fatal(err)
 	}
-	for _, s := range w.Next(block.Size) {
+	for _, s := range w.Next(n) {
 		copy(s, l.p)
 	}
 	if err := w.Commit(tb.Context(), false); err != nil {
@@ -143,7 +148,8 @@ var loads = []struct {
 	{"ReadMiss1M", smallCache, (*load).large, 256, 0.5},
 	{"ReadMiss1MOf4K", Options{CacheBytes: 4 << 20, ExtentBytes: block.Size}, (*load).large, 256, 0.5},
 	// Now and then the trees of what is dirty, and of what the log has, get nodes.
-	{"Write", smallCache, (*load).write, 1, 0.25},
+	{"Write", smallCache, (*load).write, 1, 0.5},
+	{"WritePart", smallCache, (*load).part, 1, 0.5},
 	// A commit has a few objects of its own.
 	{"WriteFlush", Options{}, func(l *load, tb testing.TB) { l.write(tb); l.flush(tb) }, 1, 9},
 	{"Write32Flush", Options{}, (*load).batch, 32, 14},

@@ -22,9 +22,10 @@ type Write struct {
 	n        uint64
 	r        block.Range // blocks touched
 	segments [][]byte
-	end      uint64          // if not 0, the write is of whole blocks only while this is the size of the device
-	frames   []pagecache.Ref // of the blocks of r, as far as Next has handed them out
-	edges    [2]edge         // the first and the last block, where they are written in part
+	end      uint64           // if not 0, the write is of whole blocks only while this is the size of the device
+	frames   []pagecache.Ref  // of the blocks of r, as far as Next has handed them out
+	edges    [2]edge          // the first and the last block, where they are written in part
+	ext      []extents.Extent // of readClaimed
 }
 
 // An edge is a block that is written in part: [from, to) of its bytes. The rest
@@ -232,7 +233,7 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 				continue
 			}
 			var err error
-			if old[i], err = d.readOld(ctx, e.block); err != nil {
+			if old[i], err = w.readOld(ctx, e); err != nil {
 				return err
 			}
 		}
@@ -254,12 +255,9 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 			d.metrics.rmwRetries.Add(1)
 			continue
 		}
-		for i, e := range w.edges {
+		for _, e := range w.edges {
 			if e.frame >= 0 {
 				d.metrics.rmws.Add(1)
-				page := d.cache.Bytes(w.frames[e.frame])
-				copy(page[:e.from], old[i].data[:e.from])
-				copy(page[e.to:], old[i].data[e.to:])
 			}
 		}
 		var spare block.Count
@@ -307,47 +305,57 @@ func (w *Write) installAround(epoch *delalloc.Epoch, owner uint64, hole block.Ra
 // to tell whether it still has: a pinned page, or a claim that a write withdraws,
 // or nothing for a block in a pending hole.
 type oldBlock struct {
-	data   []byte
 	ref    pagecache.Ref
 	claim  pagecache.Claim
 	status pagecache.Status
 	held   bool
 }
 
-// readOld reads block b for a read-modify-write.
-func (d *Device) readOld(ctx context.Context, b block.Index) (o oldBlock, err error) {
+// readOld reads what block e.block has beside e into its frame, for a
+// read-modify-write.
+func (w *Write) readOld(ctx context.Context, e edge) (o oldBlock, err error) {
+	d := w.d
 	for {
-		ref, cl, status := d.cache.Get(b)
+		ref, cl, status := d.cache.Get(e.block)
 		switch status {
 		case pagecache.Hit:
-			return oldBlock{data: d.cache.Bytes(ref), ref: ref, status: status, held: true}, nil
+			w.keep(e, d.cache.Bytes(ref))
+			return oldBlock{ref: ref, status: status, held: true}, nil
 		case pagecache.Hole:
-			return oldBlock{data: zeroPage[:], status: status}, nil
+			w.keep(e, zeroPage[:])
+			return oldBlock{status: status}, nil
 		case pagecache.Filling:
-			if err := d.cache.WaitFill(ctx, b); err != nil {
+			if err := d.cache.WaitFill(ctx, e.block); err != nil {
 				return o, err
 			}
 			continue
 		}
-		// The claim is kept, and not filled: it stands until somebody writes b.
-		data, err := d.readClaimed(cl)
+		// The claim is kept, and not filled: it stands until somebody writes the block.
+		err := w.readClaimed(e, cl)
 		if err == errLate {
 			continue
 		}
 		if err != nil {
 			return o, err
 		}
-		return oldBlock{data: data, claim: cl, status: status, held: true}, nil
+		return oldBlock{claim: cl, status: status, held: true}, nil
 	}
+}
+
+// keep makes old the contents of e.block beside e.
+func (w *Write) keep(e edge, old []byte) {
+	page := w.d.cache.Bytes(w.frames[e.frame])
+	copy(page[:e.from], old[:e.from])
+	copy(page[e.to:], old[e.to:])
 }
 
 // errLate says that a write has overtaken a claim before it was looked up.
 var errLate = errors.New("device: late")
 
-// readClaimed reads the one block of a claim, which stays claimed unless there is
-// an error, errLate among them.
-func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
-	b := cl.Block()
+// readClaimed is readOld from the store. The claim is of e.block, and stays unless
+// there is an error, errLate among them.
+func (w *Write) readClaimed(e edge, cl pagecache.Claim) (err error) {
+	d := w.d
 	defer func() {
 		if err != nil {
 			d.cache.Abandon(cl)
@@ -356,27 +364,29 @@ func (d *Device) readClaimed(cl pagecache.Claim) (data []byte, err error) {
 	d.metrics.misses.Add(1)
 	view := d.store.View()
 	defer d.store.Unview(view)
-	ext, err := d.store.Lookup(block.Span(b, 1), nil)
+	w.ext, err = d.store.Lookup(block.Span(e.block, 1), w.ext[:0])
 	d.metrics.lookups.Add(1)
 	if err != nil {
-		return nil, fmt.Errorf("device: %w: %w", syscall.EIO, err)
+		return fmt.Errorf("device: %w: %w", syscall.EIO, err)
 	}
 	if !d.cache.Stands(cl) {
 		d.metrics.late.Add(1)
-		return nil, errLate // see reading.standing
+		return errLate // see reading.standing
 	}
-	switch e := ext[0]; e.Kind {
+	switch x := w.ext[0]; x.Kind {
 	case extents.Hole:
-		return zeroPage[:], nil
+		w.keep(e, zeroPage[:])
+		return nil
 	case extents.Data:
-		blob, buf, err := d.decode(e.Addr)
+		blob, buf, err := d.decode(x.Addr)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		defer d.scratch.Put(buf)
-		return append([]byte(nil), blob[int(e.Skip)*block.Size:][:block.Size]...), nil
+		w.keep(e, pageOf(blob, x, e.block))
+		return nil
 	}
-	return nil, fmt.Errorf("device: block %d was damaged in the store, and can be written as a whole only: %w", b, syscall.EIO)
+	return fmt.Errorf("device: block %d was damaged in the store, and can be written as a whole only: %w", e.block, syscall.EIO)
 }
 
 // stands tells whether block b still has what o says. REQUIRES: its range lock.
