@@ -105,7 +105,8 @@ type Log interface {
 type Transform interface {
 	// Encode appends the stored form of src, whole blocks of the device from
 	// start on, to dst. ok is false when it is not worth it: src is then stored
-	// as it is. worker tells calls that may run at the same time apart.
+	// as it is, and out is dst, with more capacity perhaps. worker tells calls
+	// that may run at the same time apart.
 	Encode(worker int, dst, src []byte, start block.Index) (out []byte, codec, level uint8, ok bool)
 }
 
@@ -124,7 +125,7 @@ type Options struct {
 type Writeback struct {
 	opts    Options    // immutable after New
 	handOff sync.Mutex // serializes hand-offs, so that log order is epoch order
-	scratch [][]byte   // by worker: a piece, gathered
+	scratch []scratch  // by worker
 	chunks  sync.Pool
 	locked  []buffer.Frame // guarded by handOff; the pages of the range being handed off
 
@@ -136,12 +137,20 @@ type Writeback struct {
 
 // New makes a Writeback.
 func New(o Options) *Writeback {
-	w := &Writeback{opts: o, scratch: make([][]byte, o.Workers)}
+	w := &Writeback{opts: o, scratch: make([]scratch, o.Workers)}
 	for i := range w.scratch {
-		w.scratch[i] = make([]byte, o.ExtentBlocks*block.Size)
+		w.scratch[i].piece = make([]byte, o.ExtentBlocks*block.Size)
 	}
 	w.chunks.New = func() any { return &chunk{w: w} }
 	return w
+}
+
+// scratch is the memory that one worker encodes in. Of a chunk there is one for each
+// run of dirty blocks in the queue, thousands of single blocks perhaps: they keep
+// what comes out, and not what an encoder wants to have while it tries.
+type scratch struct {
+	piece   []byte // gathered
+	encoded []byte
 }
 
 // A Control steers one pass over an epoch, as writeback_control does in Linux.
@@ -381,7 +390,8 @@ func (c *chunk) Do(worker int) error {
 func (c *chunk) encode(worker int, start block.Index, pages []buffer.Frame) piece {
 	w := c.w
 	p := piece{blob: extents.Blob{Start: start, Count: uint8(len(pages))}}
-	src := w.scratch[worker][:0]
+	s := &w.scratch[worker]
+	src := s.piece[:0]
 	for i, f := range pages {
 		if b := w.opts.Pages.Bytes(f); !isZero(b) {
 			p.blob.Present |= 1 << i
@@ -393,12 +403,12 @@ func (c *chunk) encode(worker int, start block.Index, pages []buffer.Frame) piec
 		p.hole = true
 		return p
 	}
-	at := len(c.out)
-	out, codec, level, ok := w.opts.Transform.Encode(worker, c.out, src, start)
+	out, codec, level, ok := w.opts.Transform.Encode(worker, s.encoded[:0], src, start)
+	s.encoded = out
 	if ok {
 		w.metrics.encoded.Add(1)
-		c.out = out
-		p.offset, p.length = at, len(out)-at
+		p.offset, p.length = len(c.out), len(out)
+		c.out = append(c.out, out...)
 		p.blob.Codec, p.blob.Level = codec, level
 		return p
 	}

@@ -29,6 +29,11 @@ func TestNoAllocations(t *testing.T) {
 				if a := testing.AllocsPerRun(5, func() { e.Encode(dst, src, s) }); a != 0 {
 					t.Errorf("%s, %s: encoding %d bytes allocates %v times", c.name, s, n, a)
 				}
+				// What comes back is memory enough for the next time, also when it is not
+				// worth it.
+				if a := testing.AllocsPerRun(5, func() { enc, _, _ = e.Encode(enc[:0], src, s) }); a != 0 {
+					t.Errorf("%s, %s: encoding %d bytes into what came back allocates %v times", c.name, s, n, a)
+				}
 				if !ok {
 					continue
 				}

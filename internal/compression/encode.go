@@ -21,15 +21,18 @@ func NewEncoder() *Encoder { return new(Encoder) }
 // EncodedLenMax is the spare capacity of dst with which Encode of n bytes does
 // not allocate.
 func EncodedLenMax(n int) int {
-	// Zstd may be this far beyond the input before it sees that it has failed.
-	const slack = 1 << 10
-	return max(n, s2.MaxEncodedLen(n)) + slack
+	return max(n, s2.MaxEncodedLen(n)) + zstdSlack
 }
 
+// zstdSlack is how far zstd may be beyond the input before it sees that it has
+// failed.
+const zstdSlack = 1 << 10
+
 // Encode appends the encoding of src by s to dst and returns it with the codec
-// and level to be stored: those that s resolves to. ok is false, and dst as it
-// was, when it is not worth it: src is to be stored as it is unless a sixteenth
-// is saved. Codec None is never worth it.
+// and level to be stored: those that s resolves to. ok is false when it is not
+// worth it: src is to be stored as it is unless a sixteenth is saved. Codec None is
+// never worth it. dst is returned as it was then, but for more capacity perhaps,
+// which who encodes again should keep: what does not compress takes the most.
 //
 // src and dst are borrowed and must not overlap; src has at most SizeMax bytes.
 // Encode at level ZstdBest waits for other Encoders that are at it.
@@ -48,12 +51,12 @@ func (e *Encoder) Encode(dst, src []byte, s Setting) (out []byte, used Setting, 
 		}
 		out = dst[:len(dst)+len(enc)] // enc lies in free, which is large enough
 	case Zstd:
-		out = e.zstdEncoder(s.Level).EncodeAll(src, dst)
+		out = e.zstdEncoder(s.Level).EncodeAll(src, slices.Grow(dst, len(src)+zstdSlack))
 	default:
 		return dst, Setting{}, false
 	}
 	if len(out)-len(dst) > len(src)-(len(src)+15)/16 {
-		return dst, Setting{}, false
+		return out[:len(dst)], Setting{}, false
 	}
 	return out, s, true
 }

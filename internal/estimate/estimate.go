@@ -242,10 +242,10 @@ func (x *encoder) encode(c *counter, w *window, memory *compression.RegionMemory
 		effort := memory.Effort(region, s)
 		out, _, ok := x.encoder.Encode(x.dst[:0], x.src, effort)
 		memory.Record(region, len(x.src), ok)
+		x.dst = out[:0]
 		n := len(x.src)
 		if ok {
 			n = len(out)
-			x.dst = out[:0]
 		}
 		c.payload += uint64(n)
 		c.records++
