@@ -590,12 +590,5 @@ func doCut(ctx context.Context, d *Device, op *disktest.CutOp) error {
 	case disktest.VerbFlush:
 		return d.Flush(ctx)
 	}
-	w, err := d.PrepareWrite(ctx, off, uint32(n))
-	if err != nil {
-		return err
-	}
-	if err := receive(w, op.Payload(nil), block.Size); err != nil {
-		return err
-	}
-	return w.Commit(ctx, op.FUA)
+	return write(ctx, d, off, op.Payload(nil), block.Size, op.FUA)
 }

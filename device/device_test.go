@@ -75,9 +75,12 @@ func do(ctx context.Context, d *Device, r disktest.Request, off int64, buf []byt
 	at, n := uint64(off+r.Off), uint64(r.Len)
 	switch r.Verb {
 	case disktest.VerbRead:
-		p, err := d.Read(ctx, at, uint32(n))
-		if err != nil {
-			return buf, err
+		p, ok := d.ReadPromptly(at, uint32(n))
+		if !ok {
+			var err error
+			if p, err = d.Read(ctx, at, uint32(n)); err != nil {
+				return buf, err
+			}
 		}
 		for _, s := range p.Segments() {
 			buf = append(buf, s...)
@@ -85,21 +88,33 @@ func do(ctx context.Context, d *Device, r disktest.Request, off int64, buf []byt
 		p.Release()
 		return buf, nil
 	case disktest.VerbWrite:
-		w, err := d.PrepareWrite(ctx, at, uint32(n))
-		if err != nil {
-			return buf, err
-		}
 		buf = r.Payload(buf)
-		if err := receive(w, buf[len(buf)-int(n):], 1+int(at*7%20000)); err != nil {
-			return buf, err
-		}
-		return buf, w.Commit(ctx, r.FUA)
+		return buf, write(ctx, d, at, buf[len(buf)-int(n):], 1+int(at*7%20000), r.FUA)
 	case disktest.VerbZeroes:
 		return buf, d.WriteZeroes(ctx, at, n, r.FUA)
 	case disktest.VerbTrim:
 		return buf, d.Trim(ctx, at, n, r.FUA)
 	}
 	return buf, d.Flush(ctx)
+}
+
+// write writes p as a server does: at once if that can be done, and its memory handed
+// out for step bytes at a time.
+func write(ctx context.Context, d *Device, at uint64, p []byte, step int, fua bool) error {
+	w, ok := d.PrepareWritePromptly(at, uint32(len(p)))
+	if !ok {
+		var err error
+		if w, err = d.PrepareWrite(ctx, at, uint32(len(p))); err != nil {
+			return err
+		}
+	}
+	if err := receive(w, p, step); err != nil {
+		return err
+	}
+	if !fua && w.CommitPromptly() {
+		return nil
+	}
+	return w.Commit(ctx, fua)
 }
 
 // receive has the memory of w handed out for step bytes at a time, and fills it with p.

@@ -59,20 +59,54 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 		p.Release()
 		return nil, err
 	}
+	p.trim(r, off, uint64(n))
+	return p, nil
+}
+
+// ReadPromptly is Read if the cache has all of the range. It does not block. Where it
+// reports false there is no Payload.
+func (d *Device) ReadPromptly(off uint64, n uint32) (*Payload, bool) {
+	if size := d.Bytes(); off > size || uint64(n) > size-off {
+		return nil, false
+	}
+	r := block.Covering(off, uint64(n))
+	p := d.payloads.Get().(*Payload)
+	holes := 0
+	for b := r.Start; b < r.End; b++ {
+		switch ref, status := d.cache.Peek(b); status {
+		case pagecache.Hit:
+			p.refs = append(p.refs, ref)
+			p.segments = append(p.segments, d.cache.Bytes(ref))
+		case pagecache.Hole:
+			p.segments = append(p.segments, zeroPage[:])
+			holes++
+		default:
+			p.Release()
+			return nil, false
+		}
+	}
+	d.requests.Add(1)
+	d.cache.CountPeeks(len(p.refs), holes)
+	p.trim(r, off, uint64(n))
+	return p, true
+}
+
+// trim makes p, which has the blocks of r, the n bytes at off: the first and the last
+// block may be wanted in part.
+func (p *Payload) trim(r block.Range, off, n uint64) {
 	if invariants.Enabled {
 		for i, s := range p.segments {
 			invariants.Assertf(len(s) == block.Size, "block %d of %v was read as %d bytes", i, r, len(s))
 		}
 	}
-	// The first and the last block may be wanted in part.
-	if n > 0 {
-		if cut := r.End.Bytes() - (off + uint64(n)); cut > 0 {
-			last := &p.segments[len(p.segments)-1]
-			*last = (*last)[:block.Size-cut]
-		}
-		p.segments[0] = p.segments[0][off%block.Size:]
+	if n == 0 {
+		return
 	}
-	return p, nil
+	if cut := r.End.Bytes() - (off + n); cut > 0 {
+		last := &p.segments[len(p.segments)-1]
+		*last = (*last)[:block.Size-cut]
+	}
+	p.segments[0] = p.segments[0][off%block.Size:]
 }
 
 // readBlocks puts the blocks of r into p, a segment each.

@@ -61,6 +61,34 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 		d.cache.CancelDirty(r.Len())
 		return nil, err
 	}
+	return d.newWrite(off, n, r), nil
+}
+
+// PrepareWritePromptly is PrepareWrite if that waits for nothing. Where it reports
+// false nothing has happened.
+func (d *Device) PrepareWritePromptly(off uint64, n uint32) (*Write, bool) {
+	if size := d.Bytes(); d.opts.ReadOnly || off > size || uint64(n) > size-off {
+		return nil, false
+	}
+	r := block.Covering(off, uint64(n))
+	if !d.cache.TryBalanceDirty(r.Len()) {
+		return nil, false
+	}
+	if !d.store.TryReserve(r.Len(), wanted(r.Len())) {
+		d.cache.CancelDirty(r.Len())
+		return nil, false
+	}
+	if !d.cache.TryAdmitPayload(int(r.Len())) {
+		d.store.Release(r.Len())
+		d.cache.CancelDirty(r.Len())
+		return nil, false
+	}
+	d.requests.Add(1)
+	return d.newWrite(off, uint64(n), r), true
+}
+
+// newWrite returns the write of n bytes at off, which has been admitted.
+func (d *Device) newWrite(off, n uint64, r block.Range) *Write {
 	w := d.writes.Get().(*Write)
 	w.off, w.n, w.r, w.frames, w.segments = off, n, r, w.frames[:0], w.segments[:0]
 	head, tail := w.ends()
@@ -77,7 +105,7 @@ func (d *Device) prepare(ctx context.Context, off, n uint64) (*Write, error) {
 			w.edges[1] = edge{r.End - 1, 0, tail, last}
 		}
 	}
-	return w, nil
+	return w
 }
 
 // ends is where the payload begins in its first block, and where it ends in its
@@ -98,10 +126,7 @@ func (d *Device) balance(ctx context.Context, n block.Count) error {
 // reserve reserves space for n blocks, all in those ranges. When there is none it
 // waits until what was overwritten has come back, before it gives up.
 func (d *Device) reserve(ctx context.Context, n block.Count, in ...block.Range) error {
-	w := store.Growth
-	if n <= store.SmallBlocks {
-		w = store.SmallGrowth
-	}
+	w := wanted(n)
 	for {
 		err := d.store.Reserve(n, w)
 		if err == nil || !errors.Is(err, store.ErrNoSpace) {
@@ -118,6 +143,14 @@ func (d *Device) reserve(ctx context.Context, n block.Count, in ...block.Range) 
 			return d.noSpace(err)
 		}
 	}
+}
+
+// wanted is what a reservation of n blocks is for, as long as nobody knows better.
+func wanted(n block.Count) store.Want {
+	if n <= store.SmallBlocks {
+		return store.SmallGrowth
+	}
+	return store.Growth
 }
 
 // allStored tells whether the store has data for all blocks of the ranges.
@@ -209,6 +242,20 @@ func (w *Write) Commit(ctx context.Context, fua bool) error {
 		return d.Flush(ctx)
 	}
 	return nil
+}
+
+// CommitPromptly is Commit without fua, if that waits for nothing: a write of whole
+// blocks need not know what they had before. Where it reports false nothing has
+// happened, and w is still to be ended.
+func (w *Write) CommitPromptly() bool {
+	if len(w.frames) < int(w.r.Len()) || w.edges[0].frame >= 0 || w.edges[1].frame >= 0 {
+		return false
+	}
+	if err := w.install(context.Background(), block.Range{}); err != nil {
+		return false
+	}
+	w.recycle()
+	return true
 }
 
 // install publishes the frames of w and the hole, all in one epoch. w may have

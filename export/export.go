@@ -12,7 +12,7 @@ import (
 
 // Backend is d for an export of a server. It must be served no more when d is
 // closed.
-func Backend(d *device.Device) nbd.Backend { return backend{d} }
+func Backend(d *device.Device) nbd.PromptBackend { return backend{d} }
 
 type backend struct{ d *device.Device }
 
@@ -34,6 +34,24 @@ func (b backend) PrepareWrite(ctx context.Context, off uint64, n uint32) (nbd.Pe
 	}
 	return w, nil
 }
+
+func (b backend) ReadPromptly(off uint64, n uint32) (nbd.Payload, bool) {
+	p, ok := b.d.ReadPromptly(off, n)
+	if !ok {
+		return nil, false
+	}
+	return p, true
+}
+
+func (b backend) PrepareWritePromptly(off uint64, n uint32) (nbd.PendingWrite, bool) {
+	w, ok := b.d.PrepareWritePromptly(off, n)
+	if !ok {
+		return nil, false
+	}
+	return w, true
+}
+
+func (b backend) CommitPromptly(w nbd.PendingWrite) bool { return w.(*device.Write).CommitPromptly() }
 
 // WriteZeroes makes holes, which is fast for whole blocks and costs at most two
 // reads at the edges, so FastZero is always granted. NoHole changes nothing: in a

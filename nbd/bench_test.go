@@ -42,6 +42,10 @@ func (d *nullDisk) PrepareWrite(context.Context, uint64, uint32) (PendingWrite, 
 	return &d.page, nil
 }
 
+func (d *nullDisk) ReadPromptly(uint64, uint32) (Payload, bool)              { return &d.page, true }
+func (d *nullDisk) PrepareWritePromptly(uint64, uint32) (PendingWrite, bool) { return &d.page, true }
+func (d *nullDisk) CommitPromptly(PendingWrite) bool                         { return true }
+
 // newNullDisk is one for requests of size bytes, in segments of a page.
 func newNullDisk(size int) *nullDisk {
 	d := new(nullDisk)

@@ -52,6 +52,13 @@ func (b *budget) charge(off, n uint64) uint64 {
 	return min(bytes-bytes%blockPreferred, b.slot)
 }
 
+// tryTake grants r its bytes if that can be done at once.
+func (b *budget) tryTake(s *share, r *request) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.grant(s, r)
+}
+
 // take waits until r.bytes are granted to r, a request of the connection of s.
 // The error is the cause of ctx; nothing is granted then.
 func (b *budget) take(ctx context.Context, s *share, r *request) error {

@@ -25,6 +25,10 @@ const (
 	// room for new requests is made as replies leave.
 	sendBytesMax = 1 << 20
 
+	// sendRepliesMax bounds the number of replies that the reader keeps back, so that a client
+	// with many requests in flight has something to do meanwhile.
+	sendRepliesMax = 8
+
 	// lingerMax bounds how long a connection that the server ends waits for
 	// the client to close. Closed at once, with requests unread, TCP would
 	// throw away the replies that are still on their way.
@@ -46,22 +50,26 @@ type conn struct {
 
 	// Of the reader.
 	in       receiver
-	started  int    // workers
-	inFlight int    // requests, when the last one was admitted
-	size     uint64 // of the export, as the client was told, or more
-	refused  bool   // an export, to the client
-	answered uint64 // mu.answered when active was last called
+	started  int        // workers
+	inFlight int        // requests, when the last one was admitted
+	size     uint64     // of the export, as the client was told, or more
+	refused  bool       // an export, to the client
+	answered uint64     // mu.answered when active was last called
+	done     []*request // executed by the reader, not yet queued to be sent
+	doneLen  uint64     // the sum of their dataLen
 
 	// Set by the handshake, immutable from then on.
 	agreed     agreement
-	names      []string     // of the client, by its verified certificate
-	export     *Export      // a copy, whose Backend is opened
-	using      *namedExport // nil until the handshake has ended well
-	allocation bool         // base:allocation was selected for it
+	names      []string      // of the client, by its verified certificate
+	export     *Export       // a copy, whose Backend is opened
+	prompt     PromptBackend // the same, nil if it is none, or all goes through TLS
+	using      *namedExport  // nil until the handshake has ended well
+	allocation bool          // base:allocation was selected for it
 	flags      TransmissionFlags
 	readOnly   bool
 
 	work    chan *request // unbuffered: only an idle worker takes from it
+	rest    chan struct{} // capacity 1: the reader has left the sending to the goroutine of sendRest; nil: there is none
 	workers sync.WaitGroup
 	room    chan struct{} // capacity 1: requests have left flight
 	share   share         // of the server's budget
@@ -114,11 +122,11 @@ func (c *conn) fail(err error) {
 // newConn returns the connection of nc, ready to serve. Its handshake's time
 // runs from now on.
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{s: s, nc: link{Conn: nc}, work: make(chan *request), room: make(chan struct{}, 1)}
+	c := &conn{s: s, nc: newLink(nc), work: make(chan *request), room: make(chan struct{}, 1)}
 	c.share.granted = make(chan struct{}, 1)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
-	c.in.idle, c.in.active = s.opts.IdleTimeout, c.active
+	c.in.idle, c.in.active, c.in.waits = s.opts.IdleTimeout, c.active, c.flush
 	return c
 }
 
@@ -135,7 +143,11 @@ func (c *conn) serve() error {
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
 		}
+		c.flush()
 		close(c.work)
+		if c.rest != nil {
+			close(c.rest)
+		}
 		c.workers.Wait() // they end with nothing in flight
 	} else if !errors.Is(err, errAborted) && !errors.Is(err, errStopped) {
 		c.s.counters.handshakesFailed.Add(1)
@@ -187,6 +199,9 @@ func (c *conn) linger() {
 // transmit reads requests until the connection ends: with nil after DISC, with
 // errStopped, or with the reason of its death.
 func (c *conn) transmit() error {
+	if c.nc.tls == nil { // which cannot tell when a write would block
+		c.prompt, _ = c.export.Backend.(PromptBackend)
+	}
 	size, decode := requestSize, decodeHeader
 	if c.agreed.mode >= ExtendedHeaders {
 		size, decode = requestExtSize, decodeExtended
@@ -236,7 +251,11 @@ func (c *conn) transmit() error {
 		if r.errno != 0 || h.n == 0 && h.cmd != CmdFlush {
 			// Refused, or of no length, which succeeds and does nothing: the
 			// document leaves it open, and this is what other servers do.
-			c.finish(r)
+			c.answer(r)
+			continue
+		}
+		if c.executePromptly(r) {
+			c.answer(r)
 			continue
 		}
 		c.dispatch(r)
@@ -361,6 +380,7 @@ func (c *conn) admit(h header) (*request, error) {
 	m.Lock()
 	for m.requests >= c.s.opts.RequestsMax {
 		m.Unlock()
+		c.flush()
 		select {
 		case <-c.room:
 		case <-c.ctx.Done():
@@ -390,10 +410,13 @@ func (c *conn) admit(h header) (*request, error) {
 		case h.cmd == CmdBlockStatus && h.flags&cmdFlagReqOne == 0:
 			r.bytes = c.s.budget.charge(0, extentsMax*2*extentBytes) // in memory, and encoded
 		}
-		if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
-			r.errno = ESHUTDOWN
-			c.finish(r)
-			return nil, err
+		if !c.s.budget.tryTake(&c.share, r) {
+			c.flush() // what it holds may be what r waits for
+			if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
+				r.errno = ESHUTDOWN
+				c.finish(r)
+				return nil, err
+			}
 		}
 	}
 	return r, nil
@@ -404,12 +427,7 @@ func (c *conn) admit(h header) (*request, error) {
 // connection's death; r is then finished.
 func (c *conn) receive(r *request, n uint64) error {
 	if r.errno == 0 {
-		w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, uint32(r.n))
-		if err != nil {
-			c.backendError(r, err)
-		} else {
-			r.write = w
-		}
+		c.prepareWrite(r)
 	}
 	var got uint64
 	var err error
@@ -431,6 +449,23 @@ func (c *conn) receive(r *request, n uint64) error {
 		c.finish(r)
 	}
 	return err
+}
+
+// prepareWrite has the backend admit r, a WRITE.
+func (c *conn) prepareWrite(r *request) {
+	if c.prompt != nil {
+		if w, ok := c.prompt.PrepareWritePromptly(r.off, uint32(r.n)); ok {
+			r.write = w
+			return
+		}
+	}
+	c.flush()
+	w, err := c.export.Backend.PrepareWrite(c.ctx, r.off, uint32(r.n))
+	if err != nil {
+		c.backendError(r, err)
+		return
+	}
+	r.write = w
 }
 
 // receiveInto takes n bytes of payload from the wire into the memory of w. It asks
@@ -473,6 +508,37 @@ func (c *conn) worker(r *request) {
 	}
 }
 
+// executePromptly lets the backend do r, if it can do that at once.
+func (c *conn) executePromptly(r *request) bool {
+	if c.prompt == nil {
+		return false
+	}
+	switch {
+	case r.cmd == CmdRead:
+		p, ok := c.prompt.ReadPromptly(r.off, uint32(r.n))
+		if !ok {
+			return false
+		}
+		c.enterPayload(r, p)
+		return true
+	case r.cmd == CmdWrite && r.flags&cmdFlagFUA == 0 && c.prompt.CommitPromptly(r.write):
+		r.write = nil
+		return true
+	}
+	return false
+}
+
+// enterPayload makes p the answer to r, a READ, if it is as long as it has to be.
+func (c *conn) enterPayload(r *request, p Payload) {
+	if n := segmentsLen(p.Segments()); n != r.n {
+		invariants.Assertf(false, "Read(%d, %d) gave %d bytes", r.off, r.n, n)
+		p.Release()
+		c.backendError(r, fmt.Errorf("nbd: backend gave wrong data for a read"))
+		return
+	}
+	r.payload = p
+}
+
 // execute lets the backend do r.
 func (c *conn) execute(r *request) {
 	if c.ctx.Err() != nil { // nobody is there to be answered
@@ -485,14 +551,9 @@ func (c *conn) execute(r *request) {
 	var err error
 	switch r.cmd {
 	case CmdRead:
-		r.payload, err = b.Read(c.ctx, r.off, uint32(r.n))
-		if err == nil && segmentsLen(r.payload.Segments()) != r.n {
-			invariants.Assertf(false, "Read(%d, %d) gave %d bytes", r.off, r.n, segmentsLen(r.payload.Segments()))
-			r.payload.Release()
-			err = fmt.Errorf("nbd: backend gave wrong data for a read")
-		}
-		if err != nil {
-			r.payload = nil
+		var p Payload
+		if p, err = b.Read(c.ctx, r.off, uint32(r.n)); err == nil {
+			c.enterPayload(r, p)
 		}
 	case CmdWrite:
 		err = r.write.Commit(c.ctx, fua)
@@ -567,6 +628,48 @@ func (c *conn) backendError(r *request, err error) {
 	}
 }
 
+// answer answers r, which the reader has executed. The reply is sent together with
+// others, at the latest when the reader has to wait for anything.
+func (c *conn) answer(r *request) {
+	c.using.counters.finished(r, time.Since(r.begun))
+	c.done = append(c.done, r)
+	c.doneLen += r.dataLen()
+	if c.doneLen >= sendBytesMax || len(c.done) >= sendRepliesMax {
+		c.flush()
+	}
+}
+
+// flush queues the replies to what the reader has executed, and sends what the
+// socket takes at once, unless somebody is sending. It never waits for the client:
+// one that first writes all of a request and then reads would wait for the reader.
+func (c *conn) flush() {
+	if len(c.done) == 0 {
+		return
+	}
+	m := &c.mu
+	m.Lock()
+	m.ready = append(m.ready, c.done...)
+	sending := m.sending
+	m.sending = true
+	m.Unlock()
+	c.done, c.doneLen = c.done[:0], 0
+	if sending || c.sendReady(false) {
+		return
+	}
+	if c.rest == nil {
+		c.rest = make(chan struct{}, 1)
+		c.workers.Go(c.sendRest)
+	}
+	c.rest <- struct{}{} // there is room: this goroutine is not sending
+}
+
+// sendRest sends what the reader has begun to send and could not without waiting.
+func (c *conn) sendRest() {
+	for range c.rest {
+		c.sendReady(true)
+	}
+}
+
 // finish answers r: it queues the reply and, if nobody is sending, sends what
 // is queued until nothing is. It may block as long as the client does not read;
 // others only queue meanwhile. r must not be used any more.
@@ -575,67 +678,100 @@ func (c *conn) finish(r *request) {
 	m := &c.mu
 	m.Lock()
 	m.ready = append(m.ready, r)
-	if m.sending {
-		m.Unlock()
-		return
-	}
+	sending := m.sending
 	m.sending = true
-	for len(m.ready) > 0 {
-		n, bytes := 0, uint64(0)
-		for n < len(m.ready) && (n == 0 || bytes+m.ready[n].dataLen() <= sendBytesMax) {
-			bytes += m.ready[n].dataLen()
-			n++
-		}
-		c.batch = append(c.batch[:0], m.ready[:n]...)
-		m.ready = append(m.ready[:0], m.ready[n:]...)
-		m.Unlock()
+	m.Unlock()
+	if !sending {
+		c.sendReady(true)
+	}
+}
 
-		c.send(c.batch)
+// sendReady sends what is queued, until nothing is. Unless it may wait it stops when
+// the socket takes no more, and reports false: somebody has to call it again.
+// REQUIRES: the caller has set mu.sending, or has been left it with what is in batch.
+func (c *conn) sendReady(wait bool) bool {
+	m := &c.mu
+	for {
+		if len(c.batch) == 0 && !c.nextBatch() {
+			return true
+		}
+		if !c.send(wait) {
+			return false
+		}
 		c.s.budget.give(&c.share, c.batch)
-		c.s.counters.inFlight.Add(-int64(n))
+		c.s.counters.inFlight.Add(-int64(len(c.batch)))
 
 		m.Lock()
-		m.requests -= n
-		m.answered += uint64(n)
+		m.requests -= len(c.batch)
+		m.answered += uint64(len(c.batch))
 		m.free = append(m.free, c.batch...)
+		m.Unlock()
+		c.batch = c.batch[:0]
 		select {
 		case c.room <- struct{}{}:
 		default:
 		}
 	}
-	m.sending = false
-	m.Unlock()
 }
 
-// send writes the replies of batch and releases their payloads. On a dead
-// connection it only does the latter; an error is the connection's death.
-func (c *conn) send(batch []*request) {
-	if c.ctx.Err() == nil {
-		for _, r := range batch {
-			c.reply.append(r, c.agreed.mode)
-		}
-		if err := c.write(); err != nil {
-			c.fail(err)
-		}
-		c.reply.reset()
+// nextBatch moves replies that are queued to the batch, and encodes them. Without
+// any the caller is not sending any more.
+func (c *conn) nextBatch() bool {
+	m := &c.mu
+	m.Lock()
+	n, bytes := 0, uint64(0)
+	for n < len(m.ready) && (n == 0 || bytes+m.ready[n].dataLen() <= sendBytesMax) {
+		bytes += m.ready[n].dataLen()
+		n++
 	}
-	for _, r := range batch {
+	if n == 0 {
+		m.sending = false
+		m.Unlock()
+		return false // what the sender has may be somebody else's by now
+	}
+	c.batch = append(c.batch, m.ready[:n]...)
+	m.ready = append(m.ready[:0], m.ready[n:]...)
+	m.Unlock()
+	for _, r := range c.batch {
+		c.reply.append(r, c.agreed.mode)
+	}
+	return true
+}
+
+// send writes the replies of the batch, and releases their payloads when that is
+// done. Without wait it may report false. On a dead connection it only does the
+// latter; an error is the connection's death.
+func (c *conn) send(wait bool) bool {
+	if c.ctx.Err() == nil {
+		done, err := c.write(wait)
+		if err != nil {
+			c.fail(err)
+		} else if !done {
+			return false
+		}
+	}
+	c.reply.reset()
+	for _, r := range c.batch {
 		if r.payload != nil {
 			r.payload.Release()
 			r.payload = nil
 		}
 		r.extents = nil
 	}
+	return true
 }
 
-// write sends what is encoded.
-func (c *conn) write() error {
+// write sends what is encoded, without wait as far as that is possible at once.
+func (c *conn) write(wait bool) (done bool, err error) {
+	if !wait {
+		return c.reply.tryWriteTo(&c.nc)
+	}
 	if d := c.s.opts.StallTimeout; d > 0 {
 		if err := c.nc.SetWriteDeadline(time.Now().Add(d)); err != nil {
-			return err
+			return false, err
 		}
 	}
-	return c.reply.writeTo(&c.nc)
+	return true, c.reply.writeTo(&c.nc)
 }
 
 func segmentsLen(segs [][]byte) (n uint64) {

@@ -27,6 +27,11 @@
 // a goroutine nor a hand-off between a lone request and its reply, and replies
 // that are ready together leave together.
 //
+// What a [PromptBackend] does at once, such as a read of what is cached, the reader
+// does itself, and it keeps the replies until it has to wait for anything, or has a
+// few. It sends as much of them as the socket takes, and leaves the rest to a
+// goroutine: it never waits for the client to read, which may be writing.
+//
 // The payload of a WRITE is received into memory of the backend: its
 // [Backend.PrepareWrite] admits it, and it is the reader that waits there while
 // memory or the dirty limit is short; [PendingWrite] then hands memory out as

@@ -315,6 +315,14 @@ func (d wrongDisk) PrepareWrite(ctx context.Context, off uint64, n uint32) (Pend
 	return d.memDisk.PrepareWrite(ctx, off, n-1)
 }
 
+func (d wrongDisk) ReadPromptly(off uint64, n uint32) (Payload, bool) {
+	return d.memDisk.ReadPromptly(off, n-1)
+}
+
+func (d wrongDisk) PrepareWritePromptly(off uint64, n uint32) (PendingWrite, bool) {
+	return d.memDisk.PrepareWritePromptly(off, n-1)
+}
+
 // A backend that gives too little costs the request, never the connection's sync.
 func TestBackendGivesTooLittle(t *testing.T) {
 	if invariants.Enabled {

@@ -41,6 +41,7 @@ type memDisk struct {
 	payloads, pendings atomic.Int64 // handed out, not yet given back
 	bytes, bytesMost   atomic.Int64 // their memory, and the most that it has ever been
 	aborts             atomic.Int64
+	asked              atomic.Int64 // for promptness
 
 	mu      sync.Mutex
 	data    []byte
@@ -92,6 +93,30 @@ func (d *memDisk) Read(ctx context.Context, off uint64, n uint32) (Payload, erro
 		off += uint64(copy(s, d.data[off:]))
 	}
 	return p, nil
+}
+
+// promptly tells whether the disk does something at once, as it mostly does unless
+// there is a hook that may wait.
+func (d *memDisk) promptly(hook bool) bool { return !hook && d.asked.Add(1)%4 != 0 }
+
+func (d *memDisk) ReadPromptly(off uint64, n uint32) (Payload, bool) {
+	if !d.promptly(d.onRead != nil) {
+		return nil, false
+	}
+	p, err := d.Read(context.Background(), off, n)
+	return p, err == nil
+}
+
+func (d *memDisk) PrepareWritePromptly(off uint64, n uint32) (PendingWrite, bool) {
+	if !d.promptly(d.onPrepare != nil) {
+		return nil, false
+	}
+	w, err := d.PrepareWrite(context.Background(), off, n)
+	return w, err == nil
+}
+
+func (d *memDisk) CommitPromptly(w PendingWrite) bool {
+	return d.promptly(d.onCommit != nil) && w.Commit(context.Background(), false) == nil
 }
 
 // handOut counts n bytes of memory handed out.

@@ -7,6 +7,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 	"unsafe"
@@ -57,6 +58,9 @@ type receiver struct {
 	// or is happening, for which a client that sends nothing is not idle.
 	active func() bool
 
+	// waits is told that what comes next has not arrived yet, before rc waits for it.
+	waits func()
+
 	buf  []byte
 	r, w int // buf[r:w] is received and not yet consumed
 
@@ -70,8 +74,11 @@ type receiver struct {
 	// The state of a readv, so that none allocates.
 	iov      []unix.Iovec
 	readvFn  func(fd uintptr) bool
+	tryFn    func(fd uintptr) // readvFn, whose result is in readvErr
 	readvN   int
 	readvErr syscall.Errno
+
+	halted atomic.Bool // mu.stopped, readable without mu
 
 	mu struct {
 		sync.Mutex
@@ -100,6 +107,7 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 			}
 		}
 	}
+	rc.tryFn = func(fd uintptr) { rc.readvFn(fd) }
 }
 
 // stop makes the next call of request, or the handshake, end with errStopped;
@@ -110,15 +118,12 @@ func (rc *receiver) stop() {
 	defer rc.mu.Unlock()
 	if !rc.mu.stopped {
 		rc.mu.stopped, rc.mu.woken = true, true
+		rc.halted.Store(true)
 		rc.nc.SetReadDeadline(aLongTimeAgo)
 	}
 }
 
-func (rc *receiver) stopped() bool {
-	rc.mu.Lock()
-	defer rc.mu.Unlock()
-	return rc.mu.stopped
-}
+func (rc *receiver) stopped() bool { return rc.halted.Load() }
 
 // endHandshake takes the handshake's deadline away.
 func (rc *receiver) endHandshake() { rc.handshake = time.Time{} }
@@ -148,11 +153,19 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 // came for too long, and io.EOF if the connection ended between two requests.
 func (rc *receiver) request(size int) ([]byte, error) {
 	for rc.r == rc.w {
-		if err := rc.armIdle(); err != nil {
-			return nil, err
+		if rc.stopped() {
+			return nil, errStopped
 		}
 		rc.r, rc.w = 0, 0
-		n, err := rc.fill()
+		rc.iov = appendIovec(rc.iov[:0], rc.buf)
+		n, ok, err := rc.try()
+		if !ok {
+			rc.waits()
+			if err := rc.armIdle(); err != nil {
+				return nil, err
+			}
+			n, err = rc.await(rc.buf)
+		}
 		rc.w = n
 		if n == 0 && err != nil {
 			if errors.Is(err, os.ErrDeadlineExceeded) {
@@ -173,16 +186,38 @@ func (rc *receiver) request(size int) ([]byte, error) {
 	return rc.next(size)
 }
 
-// fill reads into the empty buffer as src.Read does, and notes if it has to wait.
-func (rc *receiver) fill() (int, error) {
-	if rc.raw == nil {
-		return rc.src.Read(rc.buf)
+// try reads into rc.iov what has arrived already. It reports false if that is
+// nothing, or if that cannot be told: reading waits then, or may wait. Deadlines do
+// not matter to it, so it is not for the handshake, all of which has one.
+func (rc *receiver) try() (n int, ok bool, err error) {
+	if rc.raw == nil || !rc.handshake.IsZero() {
+		return 0, false, nil
 	}
-	rc.iov = appendIovec(rc.iov[:0], rc.buf)
-	defer clear(rc.iov)
-	switch err := rc.raw.Read(rc.readvFn); {
-	case err != nil:
+	if err := rc.raw.Control(rc.tryFn); err != nil {
+		return 0, true, err
+	}
+	if rc.readvErr == unix.EAGAIN {
+		return 0, false, nil
+	}
+	n, err = rc.result()
+	return n, true, err
+}
+
+// await reads at least one byte into rc.iov; into p if that is all of it, or if there
+// is no descriptor.
+func (rc *receiver) await(p []byte) (int, error) {
+	if p != nil {
+		return rc.src.Read(p)
+	}
+	if err := rc.raw.Read(rc.readvFn); err != nil {
 		return 0, err
+	}
+	return rc.result()
+}
+
+// result is what the last readv, which has not found nothing, has given.
+func (rc *receiver) result() (int, error) {
+	switch {
 	case rc.readvErr != 0:
 		return 0, os.NewSyscallError("readv", rc.readvErr)
 	case rc.readvN == 0:
@@ -242,18 +277,29 @@ func (rc *receiver) again(err error) bool {
 
 // read receives at least one byte into p. What is in the buffer is not looked at.
 func (rc *receiver) read(p []byte) (int, error) {
-	for {
+	rc.iov = appendIovec(rc.iov[:0], p)
+	return rc.receive(p)
+}
+
+// receive reads at least one byte of something that has begun, as await does, and
+// forgets rc.iov: its memory is only borrowed.
+func (rc *receiver) receive(p []byte) (int, error) {
+	defer clear(rc.iov)
+	n, ok, err := rc.try()
+	if !ok {
+		rc.waits()
+	}
+	for !ok {
 		if err := rc.armBusy(); err != nil {
 			return 0, err
 		}
-		n, err := rc.src.Read(p)
-		if n > 0 {
-			return n, nil
-		}
-		if err != nil && !rc.again(err) {
-			return 0, unexpected(err)
-		}
+		n, err = rc.await(p)
+		ok = n > 0 || !rc.again(err)
 	}
+	if n > 0 {
+		return n, nil
+	}
+	return 0, unexpected(err)
 }
 
 // readv receives at least one byte into segs[0][fill:] and the segments behind
@@ -276,26 +322,12 @@ func (rc *receiver) readv(segs [][]byte, fill int, more bool) (int, error) {
 	if len(rc.iov) == len(segs) && !more {
 		rc.iov = appendIovec(rc.iov, rc.buf)
 	}
-	defer clear(rc.iov) // the memory is only borrowed
-	for {
-		if err := rc.armBusy(); err != nil {
-			return 0, err
-		}
-		err := rc.raw.Read(rc.readvFn)
-		if err == nil {
-			if rc.readvErr != 0 {
-				return 0, os.NewSyscallError("readv", rc.readvErr)
-			}
-			if rc.readvN == 0 {
-				return 0, io.ErrUnexpectedEOF
-			}
-			rc.r, rc.w = 0, max(0, rc.readvN-room)
-			return min(rc.readvN, room), nil
-		}
-		if !rc.again(err) {
-			return 0, err
-		}
+	n, err := rc.receive(nil)
+	if err != nil {
+		return 0, err
 	}
+	rc.r, rc.w = 0, max(0, n-room)
+	return min(n, room), nil
 }
 
 func appendIovec(iov []unix.Iovec, b []byte) []unix.Iovec {

@@ -23,7 +23,7 @@ const (
 type encoder struct {
 	head []byte // of what is collected, appended to; parts of older arrays may be in iov
 	iov  net.Buffers
-	keep net.Buffers // iov, while the kernel takes it
+	keep net.Buffers // what the kernel has not taken of iov; nil before it has been given any
 }
 
 // begin starts a piece that is appended to e.head.
@@ -46,10 +46,18 @@ func (e *encoder) reset() {
 	}
 }
 
-// writeTo writes what is collected.
-func (e *encoder) writeTo(l *link) error {
-	e.keep = e.iov // writev consumes a variable, which must not be allocated each time
-	return l.writev(&e.keep)
+// writeTo writes what is collected, or what tryWriteTo has left of it.
+func (e *encoder) writeTo(l *link) error { return l.writev(e.pending()) }
+
+// tryWriteTo writes of it what l takes at once, and reports whether that is all.
+func (e *encoder) tryWriteTo(l *link) (bool, error) { return l.tryWritev(e.pending()) }
+
+// pending is what is not written yet, to be consumed by who writes.
+func (e *encoder) pending() *net.Buffers {
+	if e.keep == nil {
+		e.keep = e.iov // a variable, which must not be allocated each time
+	}
+	return &e.keep
 }
 
 // append collects the reply to r.

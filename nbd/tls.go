@@ -7,7 +7,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"os"
 	"slices"
+	"syscall"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
 )
 
 // tlsRecordBytes is the most that a TLS record holds (RFC 8446, section 5.1).
@@ -27,6 +32,25 @@ type link struct {
 	net.Conn
 	tls *tls.Conn     // nil: none; set in the handshake, before anybody else sends
 	out *bufio.Writer // to tls: gathers segments into whole records
+
+	raw syscall.RawConn // of the socket; nil if it has no descriptor
+
+	// The state of tryWritev, so that none allocates.
+	iov       []unix.Iovec
+	writevFn  func(fd uintptr)
+	writevN   int
+	writevErr syscall.Errno
+}
+
+// newLink returns the link of a client without TLS.
+func newLink(nc net.Conn) link {
+	l := link{Conn: nc}
+	if sc, ok := nc.(syscall.Conn); ok {
+		if raw, err := sc.SyscallConn(); err == nil {
+			l.raw = raw
+		}
+	}
+	return l
 }
 
 // Write sends p.
@@ -49,6 +73,54 @@ func (l *link) writev(iov *net.Buffers) error {
 		}
 	}
 	return l.out.Flush()
+}
+
+// tryWritev sends of iov, which it may change, what the socket takes at once, and
+// leaves the rest in it. It reports whether that is nothing. Deadlines do not matter.
+func (l *link) tryWritev(iov *net.Buffers) (done bool, err error) {
+	if l.tls != nil || l.raw == nil {
+		return false, nil
+	}
+	if l.writevFn == nil {
+		l.writevFn = func(fd uintptr) {
+			for {
+				n, _, errno := unix.Syscall(unix.SYS_WRITEV, fd, uintptr(unsafe.Pointer(&l.iov[0])), uintptr(len(l.iov)))
+				if l.writevN, l.writevErr = int(n), errno; errno != unix.EINTR {
+					return
+				}
+			}
+		}
+	}
+	for len(*iov) > 0 {
+		l.iov = l.iov[:0]
+		for _, b := range (*iov)[:min(len(*iov), iovMax)] {
+			l.iov = appendIovec(l.iov, b)
+		}
+		err := l.raw.Control(l.writevFn)
+		clear(l.iov) // the memory is only borrowed
+		switch {
+		case err != nil:
+			return false, err
+		case l.writevErr == unix.EAGAIN:
+			return false, nil
+		case l.writevErr != 0:
+			return false, os.NewSyscallError("writev", l.writevErr)
+		}
+		consume(iov, l.writevN)
+	}
+	return true, nil
+}
+
+// consume takes the first n bytes away from iov.
+func consume(iov *net.Buffers, n int) {
+	for len(*iov) > 0 && n >= len((*iov)[0]) {
+		n -= len((*iov)[0])
+		(*iov)[0] = nil
+		*iov = (*iov)[1:]
+	}
+	if n > 0 {
+		(*iov)[0] = (*iov)[0][n:]
+	}
 }
 
 // CloseWrite tells the client that nothing more comes.

@@ -175,6 +175,9 @@ type Cache struct {
 		_ [56]byte
 	}
 
+	// Of CountPeeks.
+	peekHits, peekHoles atomic.Uint64
+
 	payloadGate gate
 	dirtyGate   gate
 }

@@ -35,7 +35,7 @@ type waiter struct {
 // acquire waits until n units are taken for the caller. Before it sleeps it calls
 // kick. The errors are the context's cause and that of fail.
 func (g *gate) acquire(ctx context.Context, n int64, kick func()) error {
-	if g.waiting.Load() == 0 && !g.broken.Load() && g.try(n) {
+	if g.tryAcquire(n) {
 		return nil
 	}
 	w := &waiter{n: n, admitted: make(chan struct{})}
@@ -69,6 +69,11 @@ func (g *gate) acquire(ctx context.Context, n int64, kick func()) error {
 		return context.Cause(ctx)
 	}
 	return w.err // admitted at the last moment
+}
+
+// tryAcquire takes n units for the caller if it need not wait for them.
+func (g *gate) tryAcquire(n int64) bool {
+	return g.waiting.Load() == 0 && !g.broken.Load() && g.try(n)
 }
 
 // serve admits who can be admitted. It is called after units became available.

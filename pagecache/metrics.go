@@ -40,7 +40,7 @@ const (
 // Metrics is a snapshot of the cache's counters and gauges. Each is exact; those
 // of different shards are read one after the other.
 type Metrics struct {
-	// Lookups by Get.
+	// Lookups by Get, and those by Peek that CountPeeks was told of.
 	Hits      uint64 `json:"hits"`       // answered by a version
 	HoleHits  uint64 `json:"hole_hits"`  // answered by a pending hole
 	FillWaits uint64 `json:"fill_waits"` // found the block claimed
@@ -131,6 +131,8 @@ func (c *Cache) Metrics() Metrics {
 	m.DirtyMax, m.Background = block.Count(c.dirtyMax), block.Count(c.background)
 
 	m.Hits, m.HoleHits, m.FillWaits, m.Misses = n[hits], n[holeHits], n[fillWaits], n[misses]
+	m.Hits += c.peekHits.Load()
+	m.HoleHits += c.peekHoles.Load()
 	m.Neighbours, m.Fills, m.LateFills = n[neighbours], n[fills], n[lateFills]
 	m.FillsUncached, m.Abandons = n[fillsUncached], n[abandons]
 	m.WritesAbsent, m.WritesClean, m.WritesDirty = n[writesAbsent], n[writesClean], n[writesDirty]

@@ -209,6 +209,7 @@ func (m *model) operate() {
 
 func (m *model) get(b block.Index) {
 	mb := &m.blocks[b]
+	m.peek(b)
 	r, cl, st := m.c.Get(b)
 	want := Claimed
 	switch {
@@ -231,6 +232,25 @@ func (m *model) get(b block.Index) {
 		m.pinned = append(m.pinned, r)
 	case Claimed:
 		m.claimed(b, cl)
+	}
+}
+
+// peek looks b up, which changes nothing but for the pin of a hit.
+func (m *model) peek(b block.Index) {
+	mb := &m.blocks[b]
+	r, st := m.c.Peek(b)
+	want, ref := Filling, Ref(0)
+	switch {
+	case mb.visible != nil:
+		want, ref = Hit, mb.visible.ref
+	case mb.claim == nil && mb.hole != 0:
+		want = Hole
+	}
+	if st != want || r != ref {
+		m.fatalf("Peek(%d): %v, version %d, want %v, %d", b, st, r, want, ref)
+	}
+	if st == Hit {
+		m.c.Unpin(r)
 	}
 }
 
@@ -323,7 +343,16 @@ func (m *model) evicted(v *modelVersion) {
 }
 
 func (m *model) allocPayload(n int) {
-	refs, err := m.c.AllocPayload(canceled(), n, nil)
+	var refs []Ref
+	var err error
+	switch {
+	case m.rng.IntN(2) == 0:
+		refs, err = m.c.AllocPayload(canceled(), n, nil)
+	case m.c.TryAdmitPayload(n):
+		refs = m.c.TakePayload(n, nil)
+	default:
+		err = context.Canceled
+	}
 	m.dropEvicted()
 	excess := max(0, int64(m.cached())-m.c.cacheMax)
 	if want := int64(len(m.payload)+n)+excess <= m.c.payloadMax; (err == nil) != want {
@@ -346,7 +375,12 @@ func (m *model) charged() int64 {
 func (m *model) balanceDirty(n int64) {
 	charged := m.charged()
 	want := charged == 0 || charged+n <= m.c.dirtyMax
-	err := m.c.BalanceDirty(canceled(), block.Count(n))
+	var err error
+	if m.rng.IntN(2) == 0 {
+		err = m.c.BalanceDirty(canceled(), block.Count(n))
+	} else if !m.c.TryBalanceDirty(block.Count(n)) {
+		err = context.Canceled
+	}
 	if (err == nil) != want {
 		m.fatalf("BalanceDirty(%d) with %d charged: %v", n, charged, err)
 	}

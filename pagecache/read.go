@@ -71,6 +71,34 @@ func (c *Cache) Get(b block.Index) (Ref, Claim, Status) {
 	return 0, cl, Claimed
 }
 
+// Peek is Get of a block that nobody wants if it is not here: the answer is Hit, with
+// a pinned Ref, Hole, or Filling for everything else. Only CountPeeks counts it. It does not block.
+func (c *Cache) Peek(b block.Index) (Ref, Status) {
+	sh, bucket := c.home(b)
+	sh.mu.Lock()
+	if r := c.find(sh, bucket, b); r != 0 {
+		h := c.arena.Header(r)
+		h.refs.Add(1)
+		c.clock.touch(h)
+		sh.mu.Unlock()
+		c.pins[r%Ref(len(c.pins))].Add(1)
+		return r, Hit
+	}
+	_, claimed := sh.claims[b]
+	hole := !claimed && c.holes.contains(b) // under the mutex, as in Get
+	sh.mu.Unlock()
+	if hole {
+		return 0, Hole
+	}
+	return 0, Filling
+}
+
+// CountPeeks counts what Peek has answered a request with.
+func (c *Cache) CountPeeks(hits, holes int) {
+	c.peekHits.Add(uint64(hits))
+	c.peekHoles.Add(uint64(holes))
+}
+
 // TryClaim claims b if it is absent, lies in no pending hole, and a frame for it
 // could be had: for the neighbours of a block that is decoded anyway. The caller
 // looks their mapping up again before it fills them. It does not block.

@@ -31,6 +31,9 @@ func (c *Cache) AdmitPayload(ctx context.Context, n int) error {
 	return c.payloadGate.acquire(ctx, int64(n), c.needWriteback)
 }
 
+// TryAdmitPayload is AdmitPayload if that need not wait.
+func (c *Cache) TryAdmitPayload(n int) bool { return c.payloadGate.tryAcquire(int64(n)) }
+
 // TakePayload appends n frames of those that were admitted to dst, and returns it.
 // They are the caller's alone until Install publishes or FreePayload returns them;
 // their content is undefined. It does not block.
@@ -102,6 +105,9 @@ func (c *Cache) BalanceDirty(ctx context.Context, n block.Count) error {
 	return c.dirtyGate.acquire(ctx, int64(n), c.needWriteback)
 }
 
+// TryBalanceDirty is BalanceDirty if that need not wait.
+func (c *Cache) TryBalanceDirty(n block.Count) bool { return c.dirtyGate.tryAcquire(int64(n)) }
+
 // tryChargeDirty is the dirty gate's try.
 func (c *Cache) tryChargeDirty(n int64) bool {
 	for {
@@ -133,6 +139,10 @@ func (c *Cache) DirtyBlocks() block.Count { return block.Count(c.dirty.Load()) }
 
 // OverBackground reports whether DirtyBlocks is above BackgroundBytes.
 func (c *Cache) OverBackground() bool { return c.dirty.Load() > c.background }
+
+// Backlogged reports whether what is dirty, admitted or in writeback is above
+// BackgroundBytes: more is written than goes to the store.
+func (c *Cache) Backlogged() bool { return c.charged.Load() > c.background }
 
 // WaitersForDirty reports whether somebody waits in BalanceDirty.
 func (c *Cache) WaitersForDirty() bool { return c.dirtyGate.waiting.Load() > 0 }

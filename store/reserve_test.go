@@ -169,11 +169,33 @@ func TestReservedFitsOnFullHost(t *testing.T) {
 		if err := c.commit(); err != nil {
 			t.Fatalf("checkpoint %v: %v", checkpoint, err)
 		}
+		if c.TryReserve(4000, Growth) {
+			t.Errorf("checkpoint %v: TryReserve finds space on a full host", checkpoint)
+		}
 		if err := c.Reserve(4000, Growth); !errors.Is(err, ErrNoSpace) {
 			t.Errorf("checkpoint %v: more on a full host: %v, want ErrNoSpace", checkpoint, err)
 		}
 		must(t, c.Close())
 	}
+}
+
+// TryReserve asks the host for nothing, and reserves nothing where it reports false.
+func TestTryReserve(t *testing.T) {
+	d := disktest.New(1, disktest.Options{})
+	must(t, Format(d, testGeometry(64*ExtentBlocksMax, 100)))
+	c := openCommitted(t, d, Options{})
+	const n = 64 * ExtentBlocksMax
+	ops := d.Ops()
+	if c.TryReserve(n, Growth) || c.promised() != 0 || d.Ops() != ops {
+		t.Errorf("%d blocks are promised, after %d operations of the host", c.promised(), d.Ops()-ops)
+	}
+	must(t, c.Reserve(n, Growth))
+	c.Release(n)
+	if !c.TryReserve(n, Growth) || c.promised() != n {
+		t.Errorf("%d blocks are promised, want %d, for which there is space on the host", c.promised(), n)
+	}
+	c.Release(n)
+	must(t, c.Close())
 }
 
 // TestAllocatedIsOnTheHost: a freed segment counts as having space on the host

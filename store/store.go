@@ -674,15 +674,31 @@ const (
 // is none, the error wraps ErrNoSpace and nothing is reserved; space that a
 // checkpoint would free, or the cleaner, is not waited for: see MakeRoom.
 func (s *Store) Reserve(n block.Count, w Want) error {
+	_, err := s.reserve(n, w, true)
+	return err
+}
+
+// TryReserve is Reserve, if that waits for nothing: neither for a checkpoint nor for
+// the host. Where it reports false nothing is reserved, and Reserve may say why.
+func (s *Store) TryReserve(n block.Count, w Want) bool {
+	ok, err := s.reserve(n, w, false)
+	return ok && err == nil
+}
+
+// reserve is Reserve, or TryReserve without wait.
+func (s *Store) reserve(n block.Count, w Want, wait bool) (ok bool, err error) {
 	if err := s.writable(); err != nil {
-		return err
+		return false, err
 	}
 	if mutant.Is(mutant.DropReservation) {
 		s.reserved.Add(int64(n))
-		return nil
+		return true, nil
+	}
+	if !wait && s.overlayFull() {
+		return false, nil
 	}
 	if err := s.WaitOverlay(); err != nil {
-		return err
+		return false, err
 	}
 	s.mu.RLock()
 	nodes := s.mu.root.Nodes
@@ -700,19 +716,26 @@ func (s *Store) Reserve(n block.Count, w Want) error {
 	}
 	s.reserving.Unlock()
 	if !fits {
-		return fmt.Errorf("store: %d blocks need %d segments, %d are free: %w", total, want, free, ErrNoSpace)
+		return false, fmt.Errorf("store: %d blocks need %d segments, %d are free: %w", total, want, free, ErrNoSpace)
 	}
 	if want += cleanSegments; want > uint64(warm) {
+		if !wait {
+			s.asking.Add(-int64(n))
+			return false, nil
+		}
 		if err := s.segments.ensure(s.file, uint32(want)); err != nil {
 			s.asking.Add(-int64(n))
 			s.givePinsUp() // what they hold has its space on the host
-			return err
+			return false, err
 		}
 	}
 	s.reserved.Add(int64(n))
 	s.asking.Add(-int64(n))
-	return nil
+	return true, nil
 }
+
+// overlayFull tells whether WaitOverlay waits.
+func (s *Store) overlayFull() bool { return uint64(s.entries.Load()) > 4*s.opts.CheckpointRecords }
 
 // promised is how many blocks are reserved, or just being reserved, which may fail.
 func (s *Store) promised() int64 {
@@ -723,13 +746,12 @@ func (s *Store) promised() int64 {
 // WaitOverlay blocks while the overlays have grown so much that what is to be appended
 // must wait for the checkpoint that is running. Reserve does so too.
 func (s *Store) WaitOverlay() error {
-	full := func() bool { return uint64(s.entries.Load()) > 4*s.opts.CheckpointRecords }
-	if !full() {
+	if !s.overlayFull() {
 		return nil
 	}
 	s.progress.Lock()
 	defer s.progress.Unlock()
-	for full() && s.Err() == nil {
+	for s.overlayFull() && s.Err() == nil {
 		if !s.progress.running {
 			// The lengths of the log alone may not ask for one: a record can be
 			// many extents.
