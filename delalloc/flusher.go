@@ -49,6 +49,9 @@ type Flusher struct {
 	wake   chan struct{} // of capacity 1: a commit is wanted
 	dirty  atomic.Bool   // something may have changed since the last commit
 
+	// awaited is how many calls of Flush wait.
+	awaited atomic.Int64
+
 	mu     sync.Mutex
 	wanted uint64 // guarded by mu; the number of the newest commit asked for
 	begun  uint64 // guarded by mu; the number of the newest commit begun
@@ -142,6 +145,8 @@ func (f *Flusher) Flush(ctx context.Context) error {
 	r.waiting++
 	f.ask()
 	f.mu.Unlock()
+	f.awaited.Add(1)
+	defer f.awaited.Add(-1)
 	select {
 	case <-r.done:
 		return r.err
@@ -157,6 +162,9 @@ func (f *Flusher) Flush(ctx context.Context) error {
 		return ctx.Err()
 	}
 }
+
+// Awaited tells whether a call of Flush waits.
+func (f *Flusher) Awaited() bool { return f.awaited.Load() > 0 }
 
 func (f *Flusher) commitLoop() {
 	timer := time.NewTicker(f.opts.CommitInterval)

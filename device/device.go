@@ -250,7 +250,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	inFlight := min(64<<20, max(o.CacheBytes/4, 1<<20))
 	d.queue = asyncq.New(asyncq.Options{Workers: o.Workers, BytesMax: inFlight, BytesLow: inFlight / 2})
 	d.back = delalloc.New(delalloc.Options{
-		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers),
+		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers, d.awaited),
 		Workers: o.Workers, ExtentBlocks: int(d.opts.ExtentBytes / block.Size),
 	})
 	d.flusher = delalloc.StartFlusher(delalloc.FlusherOptions{
@@ -278,6 +278,10 @@ func (d *Device) needCommit() {
 		d.flusher.NeedCommit()
 	}
 }
+
+// awaited tells whether somebody waits for data to be written out, or will if it takes
+// long: a flush, or who wants room in the cache.
+func (d *Device) awaited() bool { return d.flusher.Awaited() || d.cache.Backlogged() }
 
 func (d *Device) needWriteback() {
 	if d.flusher != nil {

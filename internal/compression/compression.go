@@ -47,10 +47,10 @@ const (
 	// of its content and without a checksum, for records have their own.
 	Zstd Codec = 2
 
-	// Auto is no codec but the policy to choose one, and is never stored. At
-	// present it is zstd at its fastest level, which the measurements behind
-	// the defaults favour; the choice is meant to follow the backlog of
-	// writeback, so that a burst is absorbed fast and idle time buys ratio.
+	// Auto is no codec but the policy to choose one, and is never stored. It is
+	// zstd at its fastest level, which the measurements behind the defaults
+	// favour, where who encodes knows nothing better: package device takes S2 for
+	// small pieces that somebody waits for.
 	Auto Codec = 255
 )
 
