@@ -11,6 +11,10 @@
 //	                 /  |  \
 //	committer   1 → 2 → 3                Complete, then Free; 4 is done and waits
 //
+// Waking goroutines takes longer than a small task. So who submits a few and then has
+// to wait for them can do them itself: SubmitLater wakes nobody yet, and Help does, in
+// the calling goroutine, what is to be done and what is to be completed.
+//
 // What is in flight is bounded by tokens (bytes, to most callers) which are taken
 // with Acquire before a task is made and come back when it is complete. The queue
 // knows nothing of what the tasks are for.
@@ -35,7 +39,7 @@
 // The queue has one mutex, a leaf: no method of a task is called and nothing is
 // waited for under it. Tasks may take any lock in Do and Complete, if its holders
 // do not wait for the queue meanwhile. Complete and Free must not call Acquire,
-// Wait, Drain or Close, and nobody may call those while it has tokens that it has
+// Wait, Help, Drain or Close, and nobody may call those while it has tokens that it has
 // neither submitted nor returned: either could wait for itself.
 package asyncq
 
@@ -53,9 +57,9 @@ import (
 
 // A Task is one piece of work. The queue holds it from Submit until Free.
 type Task interface {
-	// Do is the parallel part. worker is 0 to Workers-1, and no two calls that
-	// run at the same time have the same one, so it can index state that is
-	// kept for each worker. A panic in Do becomes the error that Complete gets,
+	// Do is the parallel part. worker is 0 to Workers, the last being that of who
+	// helps, and no two calls that run at the same time have the same one, so it can
+	// index state that is kept for each worker. A panic in Do becomes the error that Complete gets,
 	// a *[PanicError].
 	Do(worker int) error
 
@@ -159,7 +163,9 @@ type Queue struct {
 		// wait for a worker.
 		order                    order
 		completed, begun, issued Ticket
-		running                  int // tasks in Do
+		running                  int  // tasks in Do
+		committing               bool // somebody is in Complete or Free
+		helping                  bool // somebody is in Help, and has the last number of workers
 
 		inFlight int64 // tokens acquired and not yet released
 		held     int64 // the part of inFlight that is not submitted yet
@@ -213,7 +219,18 @@ func label(role string, more ...string) {
 // has returned. n may be 0. Submit never blocks. The order of calls that do not
 // overlap is the order of their tickets, so a caller that has an order to keep
 // serializes its calls. Submit panics after Close.
-func (q *Queue) Submit(task Task, n int64) Ticket {
+func (q *Queue) Submit(task Task, n int64) Ticket { return q.submit(task, n, 0) }
+
+// laterMax is how many tasks of SubmitLater wait for Help: a wake-up takes as long as a
+// few of the smallest.
+const laterMax = 4
+
+// SubmitLater is Submit for a caller that calls Help soon: while few tasks wait to be
+// begun it wakes no worker. Others that wait for the queue meanwhile do.
+func (q *Queue) SubmitLater(task Task, n int64) Ticket { return q.submit(task, n, laterMax) }
+
+// submit wakes a worker if more than so many tasks wait to be begun.
+func (q *Queue) submit(task Task, n int64, waiting Ticket) Ticket {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.mu.closed {
@@ -226,7 +243,9 @@ func (q *Queue) Submit(task Task, n int64) Ticket {
 		q.mu.order.grow(q.mu.completed+1, t)
 	}
 	*q.mu.order.at(t) = entry{task: task, tokens: n}
-	q.begin.Signal()
+	if t-q.mu.begun > waiting {
+		q.begin.Signal()
+	}
 	return t
 }
 
@@ -241,27 +260,33 @@ func (q *Queue) work(worker int) {
 			}
 			q.begin.Wait()
 		}
-		q.mu.begun++
-		t := q.mu.begun
-		task := q.mu.order.at(t).task
-		q.mu.running++
-		q.mu.Unlock()
-
-		err, panicked := do(task, worker)
-
-		q.mu.Lock()
-		// Nothing but the ticket is used from here on: once done is seen, the
-		// task may be freed and even be in the queue again.
-		q.mu.running--
-		e := q.mu.order.at(t) // anew, as the ring may have grown
-		e.err, e.done = err, true
-		if panicked {
-			q.mu.panics++
-		}
-		if t == q.mu.completed+1 {
+		if t := q.doLocked(worker); t == q.mu.completed+1 {
 			q.commit.Signal()
 		}
 	}
+}
+
+// doLocked does the next task, and returns its ticket. It drops and retakes the
+// mutex. REQUIRES: there is a task to begin.
+func (q *Queue) doLocked(worker int) Ticket {
+	q.mu.begun++
+	t := q.mu.begun
+	task := q.mu.order.at(t).task
+	q.mu.running++
+	q.mu.Unlock()
+
+	err, panicked := do(task, worker)
+
+	q.mu.Lock()
+	// Nothing but the ticket is used from here on: once done is seen, the
+	// task may be freed and even be in the queue again.
+	q.mu.running--
+	e := q.mu.order.at(t) // anew, as the ring may have grown
+	e.err, e.done = err, true
+	if panicked {
+		q.mu.panics++
+	}
+	return t
 }
 
 // do runs task's parallel part and makes an error of its panic.
@@ -286,29 +311,72 @@ func do(task Task, worker int) (err error, panicked bool) {
 // commitAll is the loop of the committer.
 func (q *Queue) commitAll() {
 	q.mu.Lock()
+	defer q.mu.Unlock()
 	for {
-		head := q.mu.completed + 1
-		for head > q.mu.issued || !q.mu.order.at(head).done {
+		for !q.headDoneLocked() {
 			if q.mu.closed {
-				q.mu.Unlock()
 				return
 			}
 			q.commit.Wait()
 		}
-		e := *q.mu.order.at(head)
-		q.mu.Unlock()
+		q.commitLocked()
+	}
+}
 
-		e.task.Complete(e.err)
-		e.task.Free()
+// headDoneLocked tells whether the next task in order is there to be completed, and
+// nobody is at it.
+func (q *Queue) headDoneLocked() bool {
+	head := q.mu.completed + 1
+	return !q.mu.committing && head <= q.mu.issued && q.mu.order.at(head).done
+}
 
-		q.mu.Lock()
-		*q.mu.order.at(head) = entry{}
-		q.mu.completed = head
-		q.releaseLocked(e.tokens)
-		for w := q.mu.ticketers.first; w != nil && w.ticket <= head; w = q.mu.ticketers.first {
-			q.mu.ticketers.wake(w)
+// commitLocked completes and frees the head. It drops and retakes the mutex.
+// REQUIRES: headDoneLocked.
+func (q *Queue) commitLocked() {
+	head := q.mu.completed + 1
+	e := *q.mu.order.at(head)
+	q.mu.committing = true
+	q.mu.Unlock()
+
+	e.task.Complete(e.err)
+	e.task.Free()
+
+	q.mu.Lock()
+	q.mu.committing = false
+	*q.mu.order.at(head) = entry{}
+	q.mu.completed = head
+	q.releaseLocked(e.tokens)
+	for w := q.mu.ticketers.first; w != nil && w.ticket <= head; w = q.mu.ticketers.first {
+		q.mu.ticketers.wake(w)
+	}
+}
+
+// Help is Wait, but what is to be done until then it does in the calling goroutine, as
+// far as nobody else is at it; one caller at a time helps, others wait. It does not
+// look at ctx while there is something to do.
+func (q *Queue) Help(ctx context.Context, t Ticket) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if t > q.mu.issued {
+		panic("asyncq: Help for a ticket that was not issued")
+	}
+	if !q.mu.helping {
+		q.mu.helping = true
+		for t > q.mu.completed {
+			if q.headDoneLocked() {
+				q.commitLocked()
+			} else if q.mu.begun < t {
+				q.doLocked(q.opts.Workers)
+			} else {
+				break
+			}
+		}
+		q.mu.helping = false
+		if q.headDoneLocked() {
+			q.commit.Signal() // who did it may have seen this goroutine at it
 		}
 	}
+	return q.waitTicketLocked(ctx, t)
 }
 
 // Wait returns nil once Complete and Free of ticket t and of all before it have
@@ -328,6 +396,7 @@ func (q *Queue) waitTicketLocked(ctx context.Context, t Ticket) error {
 	if t <= q.mu.completed {
 		return nil
 	}
+	q.wakeLocked()
 	w := q.newWaiterLocked()
 	defer q.freeWaiterLocked(w)
 	w.ticket = t
@@ -338,6 +407,13 @@ func (q *Queue) waitTicketLocked(ctx context.Context, t Ticket) error {
 	}
 	q.mu.ticketers.insertAfter(prev, w)
 	return q.sleepLocked(ctx, &q.mu.ticketers, w)
+}
+
+// wakeLocked has all begun that SubmitLater has left, for somebody waits for it.
+func (q *Queue) wakeLocked() {
+	if q.mu.begun < q.mu.issued {
+		q.begin.Broadcast()
+	}
 }
 
 // Close waits until all that was acquired is submitted or returned and all that
@@ -355,6 +431,7 @@ func (q *Queue) Close() {
 	for w := q.mu.acquirers.first; w != nil; w = q.mu.acquirers.first {
 		q.mu.acquirers.wake(w) // with nothing granted
 	}
+	q.wakeLocked()
 	// Tasks without tokens may still come while the others are waited for.
 	for q.mu.inFlight > 0 || q.mu.completed < q.mu.issued {
 		q.drainLocked(context.Background()) // fails only if the context ends

@@ -130,7 +130,11 @@ func (c *orderCheck) send(tokens int64, fail byte, delay func()) Ticket {
 	defer c.submit.Unlock()
 	c.sequence++
 	task.sequence = c.sequence
-	t := c.q.Submit(task, tokens)
+	submit := c.q.Submit
+	if task.sequence%3 == 0 {
+		submit = c.q.SubmitLater
+	}
+	t := submit(task, tokens)
 	if uint64(t) != c.sequence {
 		c.t.Errorf("ticket %d for task %d", t, c.sequence)
 	}
@@ -196,7 +200,7 @@ func TestOrderRandomDelays(t *testing.T) {
 		rnd := rand.New(rand.NewPCG(seed, uint64(round)))
 		o := Options{Workers: 1 + rnd.IntN(8), BytesMax: 1000}
 		inBubble(t, o, func(t *testing.T, q *Queue) {
-			c := &orderCheck{t: t, q: q, workers: make([]int, o.Workers)}
+			c := &orderCheck{t: t, q: q, workers: make([]int, o.Workers+1)}
 			for range 300 {
 				var n int64
 				if rnd.IntN(4) > 0 {
@@ -207,8 +211,13 @@ func TestOrderRandomDelays(t *testing.T) {
 				if m := q.Metrics(); m.Bytes > o.BytesMax {
 					t.Fatalf("over the limit: %+v", m)
 				}
-				if rnd.IntN(16) == 0 {
+				switch rnd.IntN(32) {
+				case 0, 1:
 					time.Sleep(time.Duration(rnd.IntN(2000)))
+				case 2:
+					if err := q.Help(t.Context(), Ticket(1+rnd.Uint64N(c.sequence))); err != nil {
+						t.Errorf("Help: %v", err)
+					}
 				}
 			}
 			q.Close()
@@ -225,7 +234,7 @@ func TestStressAndCloseUnderLoad(t *testing.T) {
 	seed := disktest.Seed(t)
 	o := Options{Workers: 4, BytesMax: 1000, BytesLow: 300}
 	q := New(o)
-	c := &orderCheck{t: t, q: q, workers: make([]int, o.Workers)}
+	c := &orderCheck{t: t, q: q, workers: make([]int, o.Workers+1)}
 	ctx := context.Background()
 	var wg sync.WaitGroup
 	target := make(chan struct{})
@@ -260,9 +269,13 @@ func TestStressAndCloseUnderLoad(t *testing.T) {
 				if sent.Add(1) == int64(3000*disktest.Scale(t)) {
 					close(target)
 				}
+				wait := q.Wait
 				switch rnd.IntN(30) {
+				case 3, 4:
+					wait = q.Help
+					fallthrough
 				case 0:
-					if err := q.Wait(ctx, ticket); err != nil {
+					if err := wait(ctx, ticket); err != nil {
 						t.Errorf("Wait: %v", err)
 					}
 					if m := q.Metrics(); m.Completed < uint64(ticket) {
@@ -702,6 +715,90 @@ func TestWait(t *testing.T) {
 			}
 		}
 	})
+}
+
+// SubmitLater leaves a few tasks to who helps, who does and completes them himself;
+// anybody else who waits for the queue has them begun.
+func TestHelp(t *testing.T) {
+	ctx := context.Background()
+	var by []int // the workers, in the order of Complete
+	task := func() *funcTask {
+		task := &funcTask{}
+		worker := -1
+		task.do = func(w int) error { worker = w; return nil }
+		task.complete = func(error) { by = append(by, worker) }
+		return task
+	}
+	later := func(q *Queue, n int) (last Ticket) {
+		t.Helper()
+		by = nil
+		for range n {
+			last = q.SubmitLater(task(), mustAcquire(t, q, 1, 1))
+		}
+		synctest.Wait()
+		return last
+	}
+	o := Options{Workers: 2, BytesMax: 10, BytesLow: 9}
+	inBubble(t, o, func(t *testing.T, q *Queue) {
+		synctest.Wait() // until the workers wait
+		if last := later(q, laterMax); q.Metrics().Waiting != laterMax {
+			t.Errorf("%d tasks are left for later: %+v", laterMax, q.Metrics())
+		} else if err := q.Help(ctx, last); err != nil || !slices.Equal(by, []int{2, 2, 2, 2}) {
+			t.Errorf("Help: %v, done by %v", err, by)
+		}
+		// One more than is left for later wakes a worker, which does all.
+		if later(q, laterMax+1); !slices.Equal(by, []int{0, 0, 0, 0, 0}) && !slices.Equal(by, []int{1, 1, 1, 1, 1}) {
+			t.Errorf("many: done by %v", by)
+		}
+		// Help does not wait for who is at something later, nor do what is later.
+		busy, release := blocked()
+		first := q.SubmitLater(task(), 0)
+		q.SubmitLater(busy, 0)
+		if err := q.Help(ctx, first); err != nil || q.Metrics().Waiting != 1 {
+			t.Errorf("Help: %v, %+v", err, q.Metrics())
+		}
+		release()
+		for name, wait := range map[string]func() error{
+			"Wait":  func() error { return q.Wait(ctx, Ticket(q.Metrics().Submitted)) },
+			"Drain": func() error { return q.Drain(ctx) },
+			"Acquire": func() error {
+				n, err := q.Acquire(ctx, 10, 10)
+				q.Return(n)
+				return err
+			},
+		} {
+			later(q, 2)
+			if err := wait(); err != nil || len(by) != 2 || slices.Contains(by, 2) {
+				t.Errorf("%s: %v, done by %v", name, err, by)
+			}
+		}
+		// Two who help: one waits.
+		busy, release = blocked()
+		second := q.SubmitLater(busy, 0)
+		for range 2 {
+			go func() {
+				if err := q.Help(ctx, second); err != nil {
+					t.Errorf("Help: %v", err)
+				}
+			}()
+		}
+		synctest.Wait()
+		release()
+		// What helps is cancelled while it waits for a worker.
+		busy, release = blocked()
+		last := q.Submit(busy, 0)
+		synctest.Wait()
+		cancelled, cancel := context.WithCancel(ctx)
+		cancel()
+		if err := q.Help(cancelled, last); !errors.Is(err, context.Canceled) {
+			t.Errorf("cancelled Help: %v", err)
+		}
+		release()
+		later(q, 2) // for Close
+	})
+	if len(by) != 2 {
+		t.Errorf("Close leaves tasks: done by %v", by)
+	}
 }
 
 func TestCloseWakesAcquire(t *testing.T) {

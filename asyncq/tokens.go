@@ -31,6 +31,7 @@ func (q *Queue) Acquire(ctx context.Context, min, max int64) (int64, error) {
 		return q.grantLocked(min, max), nil
 	}
 
+	q.wakeLocked()
 	q.mu.throttled++
 	began := time.Now()
 	w := q.newWaiterLocked()
@@ -75,6 +76,7 @@ func (q *Queue) Drain(ctx context.Context) error {
 // Acquire must be barred.
 func (q *Queue) drainLocked(ctx context.Context) error {
 	if q.mu.inFlight > 0 {
+		q.wakeLocked()
 		w := q.newWaiterLocked()
 		defer q.freeWaiterLocked(w)
 		q.mu.drainers.insertAfter(q.mu.drainers.last, w)

@@ -189,6 +189,10 @@ func TestCommitAndContext(t *testing.T) {
 				n = 32
 			}
 			g.write(rng(0, n), text)
+			if where == "ticket" { // of what a worker is at, and not who commits
+				g.background(&Control{Budget: all})
+				synctest.Wait()
+			}
 			ctx, cancel := context.WithCancel(t.Context())
 			var err error
 			go func() { err = g.w.Commit(ctx, g.es) }()

@@ -602,7 +602,7 @@ func newRig(t testing.TB, o rigOptions) *rig {
 	if o.limit == 0 {
 		o.limit = 4
 	}
-	g := &rig{t: t, o: o, pages: newFakePages(t), es: NewEpochs(), transform: newFakeTransform(t, o.transform, o.workers)}
+	g := &rig{t: t, o: o, pages: newFakePages(t), es: NewEpochs(), transform: newFakeTransform(t, o.transform, o.workers+1)}
 	g.owners.Store(Owner)
 	g.truth = make([]byte, o.blocks*block.Size)
 	g.log = &fakeLog{

@@ -116,7 +116,7 @@ type Options struct {
 	Log          Log
 	Queue        *asyncq.Queue
 	Transform    Transform
-	Workers      int // of Queue
+	Workers      int // of Queue, without who helps
 	ExtentBlocks int // pieces end at multiples of it; a power of two up to 32
 }
 
@@ -137,7 +137,7 @@ type Writeback struct {
 
 // New makes a Writeback.
 func New(o Options) *Writeback {
-	w := &Writeback{opts: o, scratch: make([]scratch, o.Workers)}
+	w := &Writeback{opts: o, scratch: make([]scratch, o.Workers+1)} // one for who helps
 	for i := range w.scratch {
 		w.scratch[i].piece = make([]byte, o.ExtentBlocks*block.Size)
 	}
@@ -163,7 +163,8 @@ type Control struct {
 	Next block.Index
 	// Cyclic wraps around at the end, back to where the pass began.
 	Cyclic bool
-	// Sync waits for ranges that are locked by somebody; else they are left.
+	// Sync waits for ranges that are locked by somebody, which else are left, and
+	// leaves it to the caller to help the queue.
 	Sync bool
 	// Written is the number of blocks handed off so far.
 	Written block.Count
@@ -191,10 +192,10 @@ func (w *Writeback) writepages(ctx context.Context, e *Epoch, c *Control) error 
 		if have&extents.DirtyHole != 0 {
 			// A hole has no pages: all of its run, however long. It is not looked
 			// for again, since it may be gone by then.
-			done, ok = w.handOffHole(e, r)
+			done, ok = w.handOffHole(e, r, c.Sync)
 		} else {
 			r.End = min(r.End, r.Start+rangeBlocksMax)
-			done, ok, err = w.writeRange(ctx, e, r)
+			done, ok, err = w.writeRange(ctx, e, r, c.Sync)
 		}
 		if err != nil {
 			return err
@@ -217,7 +218,7 @@ func (w *Writeback) writepages(ctx context.Context, e *Epoch, c *Control) error 
 }
 
 // writeRange hands off the beginning of r, which was found delalloc; false: busy.
-func (w *Writeback) writeRange(ctx context.Context, e *Epoch, r block.Range) (block.Range, bool, error) {
+func (w *Writeback) writeRange(ctx context.Context, e *Epoch, r block.Range, helped bool) (block.Range, bool, error) {
 	// Invariant 3: tokens first.
 	least := int64(min(r.Len(), block.Count(w.opts.ExtentBlocks)).Bytes())
 	tokens, err := w.opts.Queue.Acquire(ctx, least, int64(r.Len().Bytes()))
@@ -236,7 +237,7 @@ func (w *Writeback) writeRange(ctx context.Context, e *Epoch, r block.Range) (bl
 		w.opts.Queue.Return(tokens)
 		return r, false, nil
 	}
-	w.handOffRange(e, found, pages, tokens)
+	w.handOffRange(e, found, pages, tokens, helped)
 	return found, true, nil
 }
 
@@ -291,7 +292,7 @@ func (w *Writeback) unlockPages(pages []buffer.Frame) {
 }
 
 // handOffRange gives the locked pages of r to the queue, in chunks.
-func (w *Writeback) handOffRange(e *Epoch, r block.Range, pages []buffer.Frame, tokens int64) {
+func (w *Writeback) handOffRange(e *Epoch, r block.Range, pages []buffer.Frame, tokens int64, helped bool) {
 	for _, p := range pages {
 		w.opts.Pages.HandOff(p)
 	}
@@ -306,7 +307,7 @@ func (w *Writeback) handOffRange(e *Epoch, r block.Range, pages []buffer.Frame, 
 		c := w.chunks.Get().(*chunk)
 		c.begin(block.Range{Start: r.Start, End: end}, pages[:n])
 		w.metrics.chunks.Add(1)
-		w.opts.Queue.Submit(c, int64(n)*block.Size)
+		w.submit(c, int64(n)*block.Size, helped)
 		tokens -= int64(n) * block.Size
 		pages, r.Start = pages[n:], end
 	}
@@ -314,7 +315,7 @@ func (w *Writeback) handOffRange(e *Epoch, r block.Range, pages []buffer.Frame, 
 }
 
 // handOffHole queues a record for the dirty hole r; false: it has changed.
-func (w *Writeback) handOffHole(e *Epoch, r block.Range) (block.Range, bool) {
+func (w *Writeback) handOffHole(e *Epoch, r block.Range, helped bool) (block.Range, bool) {
 	e.State.Lock(r, Owner)
 	if !e.State.Test(r, extents.DirtyHole, true) {
 		w.metrics.retests.Add(1)
@@ -328,8 +329,16 @@ func (w *Writeback) handOffHole(e *Epoch, r block.Range) (block.Range, bool) {
 	}
 	e.State.Unlock(r, Owner, 0, extents.DirtyHole)
 	w.metrics.holes.Add(1)
-	w.opts.Queue.Submit(&holeTask{w: w, r: r, seq: seq}, 0)
+	w.submit(&holeTask{w: w, r: r, seq: seq}, 0, helped)
 	return r, true
+}
+
+// submit queues t. With helped the caller does what few tasks there are itself.
+func (w *Writeback) submit(t asyncq.Task, tokens int64, helped bool) asyncq.Ticket {
+	if helped {
+		return w.opts.Queue.SubmitLater(t, tokens)
+	}
+	return w.opts.Queue.Submit(t, tokens)
 }
 
 type holeTask struct {
@@ -542,10 +551,10 @@ func (w *Writeback) Commit(ctx context.Context, es *Epochs) error {
 		invariants.Assertf(!dirty, "epoch %d has %v dirty after writing it out", e.Number, r)
 	}
 	t := &commitTask{log: w.opts.Log}
-	ticket := w.opts.Queue.Submit(t, 0)
+	ticket := w.submit(t, 0, true)
 	es.frozen = nil
 	w.handOff.Unlock()
-	if err := w.opts.Queue.Wait(ctx, ticket); err != nil {
+	if err := w.opts.Queue.Help(ctx, ticket); err != nil {
 		return fmt.Errorf("delalloc: commit: %w", err)
 	}
 	es.trims.Add(-e.trims.Swap(0)) // they are appended
