@@ -24,13 +24,14 @@ const (
 // backing file. That is not yet durable; it is when reads of the place give
 // these bytes.
 type Completion interface {
-	// Written is called once, from the log's writer, in log order. It must not
+	// Written is called once, by who writes the log, in log order. It must not
 	// block. err is not nil when the bytes will never be there.
 	Written(err error)
 }
 
 // A log appends records to segments. What is appended is copied into buffers; a
-// writer goroutine writes them in order, one write for each full buffer. No
+// writer goroutine writes them in order, one write for each full buffer, unless
+// somebody who waits for them is there sooner and does it himself. No
 // byte of the file is written twice before its segment is free again: a buffer
 // ends at a border of 4096 unless it is full and the next one goes on from there.
 type log struct {
@@ -40,9 +41,8 @@ type log struct {
 	life     uint64
 	fail     func(error) error // notes the store's first failure and returns it
 
-	free  chan *writeBuffer // empty buffers
-	queue chan *writeBuffer // to the writer, in log order
-	done  sync.WaitGroup
+	free chan *writeBuffer // empty buffers
+	done sync.WaitGroup
 
 	// mu is the append lock. It is held while waiting for a free buffer: whoever
 	// wants to append has to wait for that anyway.
@@ -68,8 +68,12 @@ type log struct {
 
 	written struct {
 		sync.Mutex
-		cond    *sync.Cond
-		buffers uint64 // buffers written so far
+		queue   []*writeBuffer // to be written, in log order; at most writeBuffers
+		writing bool           // somebody writes what was the first of queue
+		stopped bool
+		work    *sync.Cond // the writer waits for work or stopped
+		cond    *sync.Cond // others wait for buffers or err
+		buffers uint64     // buffers written so far
 		bytes   uint64
 		err     error // the first failure
 	}
@@ -90,9 +94,8 @@ func (l *log) start(head segmentHead, epoch, durable uint64) {
 	l.mu.end = segmentData
 	l.mu.epoch, l.mu.durable = epoch, durable
 	l.mu.serials = head.serial
-	l.written.cond = sync.NewCond(&l.written.Mutex)
+	l.written.cond, l.written.work = sync.NewCond(&l.written.Mutex), sync.NewCond(&l.written.Mutex)
 	l.free = make(chan *writeBuffer, writeBuffers)
-	l.queue = make(chan *writeBuffer, writeBuffers)
 	for range writeBuffers {
 		l.free <- &writeBuffer{}
 	}
@@ -110,51 +113,86 @@ func (l *log) stop() {
 			c.Written(ErrClosed)
 		}
 	}
-	close(l.queue)
 	l.mu.Unlock()
+	l.written.Lock()
+	l.written.stopped = true
+	l.written.work.Signal()
+	l.written.Unlock()
 	l.done.Wait()
 }
 
 func (l *log) writeLoop() {
 	defer l.done.Done()
-	for b := range l.queue {
-		err := l.writtenErr()
-		if err == nil && len(b.data) > 0 {
-			if _, werr := l.file.WriteAt(b.data, b.offset); werr != nil {
-				err = l.fail(fmt.Errorf("store: write %d bytes at %d: %w", len(b.data), b.offset, werr))
-			}
+	w := &l.written
+	w.Lock()
+	defer w.Unlock()
+	for {
+		switch {
+		case len(w.queue) > 0 && !w.writing:
+			l.writeLocked()
+		case len(w.queue) == 0 && w.stopped:
+			return
+		default:
+			w.work.Wait()
 		}
-		for i, c := range b.completions {
-			c.Written(err)
-			b.completions[i] = nil
-		}
-		l.written.Lock()
-		l.written.buffers++
-		l.written.bytes += uint64(len(b.data))
-		if l.written.err == nil {
-			l.written.err = err
-		}
-		l.written.cond.Broadcast()
-		l.written.Unlock()
-		b.data, b.completions = b.data[:0], b.completions[:0]
-		l.free <- b
 	}
 }
 
-func (l *log) writtenErr() error {
-	l.written.Lock()
-	defer l.written.Unlock()
-	return l.written.err
+// writeLocked writes the first buffer of the queue. It drops and retakes the mutex.
+// REQUIRES: l.written held, there is one, and nobody writes.
+func (l *log) writeLocked() {
+	w := &l.written
+	b := w.queue[0]
+	w.queue = append(w.queue[:0], w.queue[1:]...)
+	w.writing = true
+	err := w.err
+	w.Unlock()
+	if err == nil && len(b.data) > 0 {
+		if _, werr := l.file.WriteAt(b.data, b.offset); werr != nil {
+			err = l.fail(fmt.Errorf("store: write %d bytes at %d: %w", len(b.data), b.offset, werr))
+		}
+	}
+	for i, c := range b.completions {
+		c.Written(err)
+		b.completions[i] = nil
+	}
+	n := len(b.data)
+	b.data, b.completions = b.data[:0], b.completions[:0]
+	w.Lock()
+	w.writing = false
+	w.buffers++
+	w.bytes += uint64(n)
+	if w.err == nil {
+		w.err = err
+	}
+	w.cond.Broadcast()
+	l.free <- b // there is room
 }
 
-// waitWritten blocks until the first n buffers are written.
+// waitWritten returns when the first n buffers are written, which it does itself if
+// nobody is at it.
 func (l *log) waitWritten(n uint64) error {
-	l.written.Lock()
-	defer l.written.Unlock()
-	for l.written.buffers < n && l.written.err == nil {
-		l.written.cond.Wait()
+	w := &l.written
+	w.Lock()
+	defer w.Unlock()
+	for w.buffers < n && w.err == nil {
+		if len(w.queue) > 0 && !w.writing {
+			l.writeLocked()
+		} else {
+			w.cond.Wait()
+		}
 	}
-	return l.written.err
+	if len(w.queue) > 0 {
+		w.work.Signal() // who queued it may have seen this goroutine at work
+	}
+	return w.err
+}
+
+// wakeWriter has the writer look at the queue.
+func (l *log) wakeWriter() {
+	l.written.Lock()
+	l.written.work.Signal()
+	l.written.Unlock()
 }
 
 // copyLocked appends p to the buffers at the current end. REQUIRES: l.mu held,
@@ -178,7 +216,13 @@ func (l *log) copyLocked(p []byte) {
 // takeBufferLocked waits for an empty buffer and makes it the one for what comes
 // next.
 func (l *log) takeBufferLocked() {
-	b := <-l.free
+	var b *writeBuffer
+	select {
+	case b = <-l.free:
+	default:
+		l.wakeWriter() // for what queueLocked has left to somebody
+		b = <-l.free
+	}
 	if b.data == nil {
 		b.data = make([]byte, 0, min(writeBufferSize, l.segments.size))
 	}
@@ -186,23 +230,41 @@ func (l *log) takeBufferLocked() {
 	l.mu.buffer = b
 }
 
-// handOverLocked queues the buffer as it is, if there is one.
+// handOverLocked queues the buffer as it is, if there is one, for the writer.
 func (l *log) handOverLocked() {
-	if b := l.mu.buffer; b != nil {
-		l.mu.buffer = nil
-		l.mu.queued++
-		l.queue <- b
+	if l.queueLocked() {
+		l.wakeWriter()
 	}
+}
+
+// queueLocked queues the buffer as it is, if there is one. The caller calls waitWritten
+// soon: the writer is not woken for what takes no longer than to wake it.
+func (l *log) queueLocked() bool {
+	b := l.mu.buffer
+	if b == nil {
+		return false
+	}
+	l.mu.buffer = nil
+	l.mu.queued++
+	l.written.Lock()
+	l.written.queue = append(l.written.queue, b)
+	l.written.Unlock()
+	return true
 }
 
 var zeros [alignment]byte
 
-// padLocked fills up to the next border with zeros and queues the buffer.
+// padLocked fills up to the next border with zeros and queues the buffer for the writer.
 func (l *log) padLocked() {
+	l.fillLocked()
+	l.handOverLocked()
+}
+
+// fillLocked fills up to the next border with zeros.
+func (l *log) fillLocked() {
 	if n := -l.mu.end & (alignment - 1); n > 0 {
 		l.copyLocked(zeros[:n])
 	}
-	l.handOverLocked()
 }
 
 // completeLocked has c told when everything appended so far is written. REQUIRES: l.mu held.
@@ -297,13 +359,15 @@ func (l *log) append(kind recordType, payload []byte) (ref blobRef, epoch uint64
 }
 
 // commitLocked closes the current epoch, pads, and begins the next epoch. It
-// returns the epoch closed and how many buffers have to be written for it.
+// returns the epoch closed and how many buffers have to be written for it, for which
+// the caller calls waitWritten soon.
 func (l *log) commitLocked() (epoch, queued uint64, err error) {
 	t := l.mu.tally
 	if _, err := l.appendLocked(header{kind: recordCommit}, t.encode()); err != nil {
 		return 0, 0, err
 	}
-	l.padLocked()
+	l.fillLocked()
+	l.queueLocked()
 	epoch = l.mu.epoch
 	l.mu.epoch++
 	l.mu.tally = tally{}
