@@ -100,7 +100,8 @@ type Options struct {
 	// know. It may be nil.
 	Warn func(msg string, err error)
 
-	trimLeaves int // store.Options.TrimLeaves, for tests
+	trimLeaves  int // store.Options.TrimLeaves, for tests
+	zeroCommits int // store.Options.ZeroCommits, for tests
 }
 
 func (o *Options) setDefaults() {
@@ -208,7 +209,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	d.store, err = store.Open(f, store.Options{
 		ReadOnly: o.ReadOnly, MapCacheBytes: o.MapCacheBytes,
 		CheckpointBytes: o.CheckpointBytes, CheckpointRecords: o.CheckpointRecords,
-		NeedCommit: d.needCommit, Trims: func() (coming, held int64) { return d.trimming.Load(), d.epochs.Trims() }, Warn: o.Warn, TrimLeaves: o.trimLeaves,
+		NeedCommit: d.needCommit, Trims: func() (coming, held int64) { return d.trimming.Load(), d.epochs.Trims() }, Warn: o.Warn, TrimLeaves: o.trimLeaves, ZeroCommits: o.zeroCommits,
 	})
 	if err != nil {
 		return nil, err

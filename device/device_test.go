@@ -43,7 +43,7 @@ func testGeometry(size uint64, codec compression.Codec) store.Geometry {
 // smallOptions make a device whose every limit is reached all the time: a cache
 // of 64 pages, short checkpoints.
 func smallOptions(t testing.TB) Options {
-	return Options{CacheBytes: 64 * block.Size, PayloadBytes: 4 << 20, MapCacheBytes: 64 << 10, Workers: 3,
+	return Options{CacheBytes: 64 * block.Size, PayloadBytes: 4 << 20, MapCacheBytes: 64 << 10, Workers: 3, zeroCommits: 2,
 		CheckpointBytes: 256 << 10, CommitInterval: 20 * time.Millisecond, WritebackPeriod: 5 * time.Millisecond,
 		DirtyExpire: 10 * time.Millisecond, CleanPeriod: 2 * time.Millisecond,
 		Warn: func(msg string, err error) {

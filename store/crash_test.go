@@ -45,7 +45,7 @@ func testGeometry(blocks int, segments int) Geometry {
 }
 
 func testOptions() Options {
-	return Options{CheckpointBytes: 96 << 10, MapCacheBytes: 64 << 10, TrimLeaves: 2}
+	return Options{CheckpointBytes: 96 << 10, MapCacheBytes: 64 << 10, TrimLeaves: 2, ZeroCommits: 2}
 }
 
 // commit closes the epoch and makes it durable.

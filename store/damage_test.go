@@ -38,7 +38,7 @@ func newDamageStore(t *testing.T, stopped bool) *damageStore {
 	s.states = append(s.states, maps.Clone(s.want))
 	d := disktest.New(1, disktest.Options{})
 	must(t, Format(d, testGeometry(damageBlocks, 24)))
-	opts := Options{CheckpointBytes: 1 << 30, TrimLeaves: 1}
+	opts := Options{CheckpointBytes: 1 << 30, TrimLeaves: 1, ZeroCommits: 1}
 	write := func(c *committed, from, to, step, version int) {
 		for b := from; b < to; b += step {
 			p := []byte(fmt.Sprintf("%d of block %d", version, b))

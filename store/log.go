@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"math"
 	"sync"
 	"syscall"
 	"time"
@@ -32,14 +33,18 @@ type Completion interface {
 // A log appends records to segments. What is appended is copied into buffers; a
 // writer goroutine writes them in order, one write for each full buffer, unless
 // somebody who waits for them is there sooner and does it himself. No
-// byte of the file is written twice before its segment is free again: a buffer
+// byte of a record is written twice before its segment is free again: a buffer
 // ends at a border of 4096 unless it is full and the next one goes on from there.
+//
+// While commits are small, zeros are written ahead of them: see zeroLocked.
 type log struct {
 	file     disk.File
 	segments *segments
 	store    *Geometry
 	life     uint64
 	fail     func(error) error // notes the store's first failure and returns it
+
+	zeroCommits int // Options.ZeroCommits
 
 	free chan *writeBuffer // empty buffers
 	done sync.WaitGroup
@@ -76,10 +81,28 @@ type log struct {
 		buffers uint64     // buffers written so far
 		bytes   uint64
 		err     error // the first failure
+
+		segment uint32 // that the last bytes were written to
+		fresh   bool   // it was never written before
+		end     int64  // offset in the file behind them
+		zeros   int64  // offset in the file up to which zeros have been written ahead
+		goal    int64  // offset in the file up to which the writer is to write them
+		small   int    // small commits in sequence
+		synced  uint64 // bytes, when the last commit was synced
 	}
 }
 
+const (
+	// Zeros are written ahead by zeroAhead bytes, zeroPiece at a time, once
+	// Options.ZeroCommits commits in sequence were of at most zeroCommit bytes each.
+	zeroAhead  = 1 << 20
+	zeroPiece  = 256 << 10
+	zeroCommit = 64 << 10
+)
+
 type writeBuffer struct {
+	segment     uint32
+	unwritten   bool  // that segment was never written before
 	offset      int64 // in the file
 	data        []byte
 	completions []Completion
@@ -130,6 +153,8 @@ func (l *log) writeLoop() {
 		switch {
 		case len(w.queue) > 0 && !w.writing:
 			l.writeLocked()
+		case w.goal > 0 && !w.writing && !w.stopped:
+			l.zeroLocked()
 		case len(w.queue) == 0 && w.stopped:
 			return
 		default:
@@ -156,12 +181,15 @@ func (l *log) writeLocked() {
 		c.Written(err)
 		b.completions[i] = nil
 	}
-	n := len(b.data)
+	n, segment, fresh, end := len(b.data), b.segment, b.unwritten, b.offset+int64(len(b.data))
 	b.data, b.completions = b.data[:0], b.completions[:0]
 	w.Lock()
 	w.writing = false
 	w.buffers++
 	w.bytes += uint64(n)
+	if n > 0 {
+		w.segment, w.fresh, w.end = segment, fresh, end
+	}
 	if w.err == nil {
 		w.err = err
 	}
@@ -186,6 +214,70 @@ func (l *log) waitWritten(n uint64) error {
 		w.work.Signal() // who queued it may have seen this goroutine at work
 	}
 	return w.err
+}
+
+// synced tells that a commit has become durable. When there have been some small ones
+// it has zeros written ahead of the next.
+func (l *log) synced() {
+	w := &l.written
+	w.Lock()
+	defer w.Unlock()
+	w.small++
+	if w.bytes-w.synced > zeroCommit {
+		w.small = 0
+	}
+	w.synced = w.bytes
+	if w.small >= l.zeroCommits && w.zeros-w.end < zeroCommit && w.fresh {
+		w.goal = w.end + zeroAhead
+		w.work.Signal()
+	}
+}
+
+// zeroLocked writes a piece of zeros behind what has been written. A host marks
+// space that it gives as not written, and changing that in its journal takes a sync
+// twice as long as writing a block does (ext4: 190 and 100 us; the tenth slowest 3.5
+// and 0.2 ms), so it is done for many commits at once, and while nobody waits.
+//
+// Nothing that has been written lies behind written.end in that segment, and what
+// comes is written after the zeros: only one writes at a time. They say nothing: what
+// the host gives reads as zeros too. It drops and retakes the mutex. REQUIRES:
+// l.written held, and nobody writes.
+func (l *log) zeroLocked() {
+	w := &l.written
+	base := l.segments.base(w.segment)
+	from := (w.end + alignment - 1) &^ (alignment - 1)
+	if w.zeros > from && w.zeros <= base+int64(l.segments.size) {
+		from = w.zeros
+	}
+	n := min(zeroPiece, w.goal-from, base+int64(l.segments.size)-from)
+	if n <= 0 || w.err != nil || !w.fresh {
+		w.goal = 0
+		w.cond.Broadcast()
+		return
+	}
+	w.writing = true
+	w.Unlock()
+	_, err := l.file.WriteAt(zeroAheads[:n], from)
+	w.Lock()
+	w.writing = false
+	w.zeros = from + n
+	if err != nil {
+		w.goal = 0 // a record that is written there will tell
+	}
+	w.cond.Broadcast()
+}
+
+var zeroAheads [zeroPiece]byte
+
+// settle has no zeros written ahead any more.
+func (l *log) settle() {
+	w := &l.written
+	w.Lock()
+	defer w.Unlock()
+	w.goal, w.small = 0, math.MinInt
+	for w.writing {
+		w.cond.Wait()
+	}
 }
 
 // wakeWriter has the writer look at the queue.
@@ -226,6 +318,7 @@ func (l *log) takeBufferLocked() {
 	if b.data == nil {
 		b.data = make([]byte, 0, min(writeBufferSize, l.segments.size))
 	}
+	b.segment, b.unwritten = l.mu.head.number, l.segments.unwritten(l.mu.head.number)
 	b.offset = l.segments.base(l.mu.head.number) + int64(l.mu.end)
 	l.mu.buffer = b
 }
@@ -287,6 +380,7 @@ func (l *log) rollLocked() error {
 	}
 	l.handOverLocked()
 	old := l.mu.head
+	l.segments.wrote(old.number)
 	l.mu.serials++
 	l.mu.head = segmentHead{
 		number: old.next, life: l.life, serial: l.mu.serials, next: next,

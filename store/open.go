@@ -90,6 +90,7 @@ func (s *Store) TrimHost() error {
 	if err := l.waitWritten(l.mu.queued); err != nil {
 		return err
 	}
+	l.settle()
 	// The rest of the segment being written, and its successor, are not written
 	// by this life any more; the next one begins with the successor.
 	if rest := int64(s.segments.size) - int64(l.mu.end); rest > 0 {
@@ -176,6 +177,7 @@ func (s *Store) open() error {
 func (s *Store) reset(g Geometry) {
 	s.geometry, s.mu.target = g, g
 	s.segments = newSegments(&s.geometry)
+	s.segments.marks = s.file.AllocatesUnwritten()
 	s.nodes = &nodeStore{s: s}
 	s.tree = extents.NewTree(s.nodes, extents.TreeOptions{CacheBytes: s.opts.MapCacheBytes})
 	s.mu.open = extents.NewOverlay()
@@ -348,7 +350,7 @@ func (s *Store) beginLife(end logEnd) error {
 	if err := s.segments.allocate(s.file, next); err != nil {
 		return err
 	}
-	l := &log{file: s.file, segments: s.segments, store: &s.geometry, life: binary.LittleEndian.Uint64(life[:]), fail: s.fail}
+	l := &log{file: s.file, segments: s.segments, store: &s.geometry, life: binary.LittleEndian.Uint64(life[:]), fail: s.fail, zeroCommits: s.opts.ZeroCommits}
 	head := segmentHead{
 		number: end.head.next, life: l.life, serial: end.serials + 1, next: next,
 		prev: end.head.number, pserial: end.head.serial, plife: end.head.life, pend: end.offset, durable: s.recovery.Epoch,

@@ -60,6 +60,7 @@ const (
 type segment struct {
 	state     segmentState
 	allocated bool   // the host has given all of its space, as far as this process knows
+	unwritten bool   // allocated, and no byte of it was ever written, or few
 	remains   bool   // free, not allocated, and the host may hold some of its space
 	seed      uint32 // of its checksums
 	serial    uint64
@@ -73,6 +74,7 @@ type segment struct {
 type segments struct {
 	size  uint32
 	total atomic.Uint32 // how many the capacity allows; changed with mu held
+	marks bool          // the host marks what it gives as not written; set before use
 
 	alloc sync.Mutex // one at a time asks the host for space; taken before mu
 
@@ -176,7 +178,7 @@ func (t *segments) useLocked(n uint32) {
 			t.rests--
 		}
 	}
-	*s = segment{state: segmentUsed, allocated: s.allocated}
+	*s = segment{state: segmentUsed, allocated: s.allocated, unwritten: s.unwritten}
 }
 
 // identify notes who segment n, which is used, is from now on.
@@ -185,6 +187,20 @@ func (t *segments) identify(n uint32, serial uint64, seed uint32) {
 	defer t.mu.Unlock()
 	s := &t.table[n]
 	s.serial, s.seed = serial, seed
+}
+
+// wrote notes that segment n has been written to its end.
+func (t *segments) wrote(n uint32) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.table[n].unwritten = false
+}
+
+// unwritten tells whether segment n, which has its space, was never written before.
+func (t *segments) unwritten(n uint32) bool {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	return n < uint32(len(t.table)) && t.table[n].unwritten
 }
 
 // account changes what the merged map refers to in segment n.
@@ -281,7 +297,7 @@ func (t *segments) release(sequence uint64) (freed []uint32) {
 		if s.state == segmentUsed && s.emptyAt != 0 && (s.emptyAt < sequence || mutant.Is(mutant.ReuseBehindOne)) && s.emptyAt <= oldest {
 			// Of one that was used before this process began nobody knows how much
 			// of it the host has given: the space cannot be promised, but is to go.
-			*s = segment{allocated: s.allocated, remains: !s.allocated}
+			*s = segment{allocated: s.allocated, unwritten: s.unwritten, remains: !s.allocated}
 			t.free++
 			if s.allocated {
 				t.warm++
@@ -434,7 +450,7 @@ func (t *segments) allocate(f disk.File, n uint32) error {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if s := t.atLocked(n); !s.allocated {
-		s.allocated = true
+		s.allocated, s.unwritten = true, t.marks
 		if s.state == segmentFree {
 			t.warm++
 		}
@@ -552,7 +568,7 @@ func (t *segments) nextWarm(keep func() uint32) (uint32, bool) {
 		if s := &t.table[n]; s.state == segmentFree && (s.remains || spare && s.allocated) {
 			t.useLocked(uint32(n))
 			t.going++
-			s.allocated = false
+			s.allocated, s.unwritten = false, false
 			return uint32(n), true
 		}
 	}

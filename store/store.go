@@ -88,6 +88,10 @@ type Options struct {
 	// large trims (rule R11). Default 4096.
 	TrimLeaves int
 
+	// ZeroCommits is how many commits in sequence have to be small before zeros are
+	// written ahead of the log. Default 32.
+	ZeroCommits int
+
 	// NeedCommit is called, from any goroutine, when the store needs a commit
 	// to finish a checkpoint although nobody flushes. It must not block. It may
 	// be nil if the caller commits anyhow.
@@ -115,6 +119,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.MapCacheBytes == 0 {
 		o.MapCacheBytes = 32 << 20
+	}
+	if o.ZeroCommits == 0 {
+		o.ZeroCommits = 32
 	}
 	if o.TrimLeaves == 0 {
 		o.TrimLeaves = 4096
@@ -455,6 +462,7 @@ func (s *Store) Sync(c Commit) error {
 	s.log.mu.Lock()
 	s.log.mu.durable = c.Epoch
 	s.log.mu.Unlock()
+	s.log.synced()
 	s.progress.Lock()
 	s.progress.durable = c.Epoch
 	s.progress.cond.Broadcast()

@@ -48,6 +48,12 @@ type File interface {
 	// can be extended sparsely. A full host is syscall.ENOSPC.
 	Allocate(off, n int64) error
 
+	// AllocatesUnwritten tells whether what Allocate gives is marked as not written,
+	// which the first Sync after its first write has to change in a journal. That can
+	// take longer than all the rest of it: what has been written before, if only
+	// zeros, is then cheaper to write.
+	AllocatesUnwritten() bool
+
 	// Punch gives the space of [off, off+n) back to the host: holes for a file,
 	// discard for a block device. Afterwards the range reads as anything. Where
 	// the host cannot do it, nothing happens and the error is nil.

@@ -322,6 +322,17 @@ func (f *osFile) Truncate(size int64) error {
 	return f.file.Truncate(size)
 }
 
+// AllocatesUnwritten implements File. Of the filesystems that are known to mark
+// extents as unwritten those count that write in place afterwards.
+func (f *osFile) AllocatesUnwritten() bool {
+	if f.device {
+		return false
+	}
+	var st unix.Statfs_t
+	err := f.control("fstatfs", func(fd int) error { return unix.Fstatfs(fd, &st) })
+	return err == nil && (st.Type == unix.EXT4_SUPER_MAGIC || st.Type == unix.XFS_SUPER_MAGIC)
+}
+
 func (f *osFile) Allocated() (int64, error) {
 	if f.device {
 		return f.Size()

@@ -412,6 +412,9 @@ func (d *Disk) Size() (int64, error) {
 	return d.cache.size, d.stateLocked()
 }
 
+// AllocatesUnwritten implements disk.File.
+func (d *Disk) AllocatesUnwritten() bool { return !d.opts.Device }
+
 // Allocated implements disk.File.
 func (d *Disk) Allocated() (int64, error) {
 	d.mu.Lock()
