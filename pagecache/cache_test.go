@@ -954,9 +954,11 @@ func TestBalanceDirty(t *testing.T) {
 		}
 		c.EndWriteback(items[1], nil)
 		c.CancelDirty(1)
-		if c.InstallHole(block.Span(2, 1), 1); len(order) != 2 {
+		synctest.Wait()
+		if len(order) != 2 {
 			t.Fatalf("admitted %v", order)
 		}
+		c.InstallHole(block.Span(2, 1), 1)
 		synctest.Wait()
 		if !slices.Equal(order, []int{0, 1, 2}) || c.WaitersForDirty() {
 			t.Fatalf("admitted %v", order)
