@@ -140,10 +140,10 @@ func (c *conn) serve() error {
 		e.TLS, e.Client = c.tlsName()
 		c.s.log(e)
 		err = c.transmit()
+		c.flush() // also for a client that has only closed its side
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
 		}
-		c.flush()
 		close(c.work)
 		if c.rest != nil {
 			close(c.rest)
