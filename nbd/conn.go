@@ -211,6 +211,7 @@ func (c *conn) transmit() error {
 		if c.in.waited {
 			c.in.waited, left = false, turn // it has given way
 		} else if left <= 0 {
+			c.flush()
 			turn = c.s.turns.pass()
 			left = turn
 		}

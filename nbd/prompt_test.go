@@ -24,3 +24,32 @@ func TestAnswersBeforeEnd(t *testing.T) {
 		}
 	}
 }
+
+// A reader that waits for its next turn keeps no reply back.
+func TestAnswersBeforeTurn(t *testing.T) {
+	s := serveDisk(t, newMemDisk(1<<20))
+	rc := s.rawGo()
+	rc.request(CmdRead, 0, 0, 0)
+	rc.reply() // and the reader waits for what comes next, so its turn begins there
+	m := &s.turns.mu
+	m.Lock()
+	m.looking = true // so the round lasts until it is ended here
+	m.Unlock()
+	t.Cleanup(func() {
+		m.Lock()
+		defer m.Unlock()
+		m.looking, m.turn, m.readers = false, roundRequests, 0
+		m.round++
+		s.turns.over.Broadcast()
+	})
+	var b []byte
+	for i := range uint64(roundRequests + 2) {
+		b = header{cmd: CmdRead, cookie: i}.appendTo(b)
+	}
+	rc.put(b)
+	for i := range roundRequests + 1 { // the first is read before the turn begins
+		if e, cookie := rc.reply(); e != 0 || cookie != uint64(i) {
+			t.Fatalf("%v to request %d, want success to %d", e, cookie, i)
+		}
+	}
+}
