@@ -107,7 +107,11 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 			}
 		}
 	}
-	rc.tryFn = func(fd uintptr) { rc.readvFn(fd) }
+	rc.tryFn = func(fd uintptr) {
+		waited := rc.waited
+		rc.readvFn(fd)
+		rc.waited = waited // it has not yet
+	}
 }
 
 // stop makes the next call of request, or the handshake, end with errStopped;
@@ -164,7 +168,11 @@ func (rc *receiver) request(size int) ([]byte, error) {
 			if err := rc.armIdle(); err != nil {
 				return nil, err
 			}
-			n, err = rc.await(rc.buf)
+			var p []byte
+			if rc.raw == nil {
+				p = rc.buf
+			}
+			n, err = rc.await(p) // which notes if it waits
 		}
 		rc.w = n
 		if n == 0 && err != nil {

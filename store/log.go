@@ -155,7 +155,7 @@ func (l *log) writeLoop() {
 			l.writeLocked()
 		case w.goal > 0 && !w.writing && !w.stopped:
 			l.zeroLocked()
-		case len(w.queue) == 0 && w.stopped:
+		case len(w.queue) == 0 && !w.writing && w.stopped:
 			return
 		default:
 			w.work.Wait()
@@ -194,6 +194,9 @@ func (l *log) writeLocked() {
 		w.err = err
 	}
 	w.cond.Broadcast()
+	if w.stopped {
+		w.work.Signal() // the writer may wait for this to end
+	}
 	l.free <- b // there is room
 }
 
