@@ -66,7 +66,6 @@ func TestZeroesAhead(t *testing.T) {
 				t.Errorf("%d bytes were written ahead of the log, want zeros: %t", ahead, tc.want)
 			}
 			mu.Unlock()
-			c.Release(1000)
 			must(t, c.Close())
 			d = d.Clone()
 			c = openCommitted(t, d, Options{})
