@@ -682,7 +682,7 @@ func noise(page []byte) {
 }
 
 // write does what a device does for a WRITE of r and returns the epoch it joined.
-func (g *rig) write(r block.Range, c content) *Epoch {
+func (g *rig) write(r block.Range, c content) entered {
 	pages := make([][]byte, r.Len())
 	for i := range pages {
 		pages[i] = make([]byte, block.Size)
@@ -701,12 +701,20 @@ func (g *rig) write(r block.Range, c content) *Epoch {
 	}
 	e.State.Unlock(r, owner, extents.Delalloc, extents.DirtyHole)
 	e.Touch(time.Now())
+	in := entered{e, e.Number}
 	g.es.Leave()
-	return e
+	return in
+}
+
+// entered is the epoch that a request was in, and its number then: when it has been
+// stored it is used again for another.
+type entered struct {
+	*Epoch
+	Number uint64
 }
 
 // trim does what a device does for a TRIM of r.
-func (g *rig) trim(r block.Range) *Epoch {
+func (g *rig) trim(r block.Range) entered {
 	owner := g.owners.Add(1)
 	e := g.es.Enter()
 	e.State.Lock(r, owner)
@@ -714,8 +722,9 @@ func (g *rig) trim(r block.Range) *Epoch {
 	g.reserved.Add(-int64(g.pages.installHole(r, e.Number)))
 	e.State.Unlock(r, owner, extents.DirtyHole, extents.Delalloc)
 	e.Touch(time.Now())
+	in := entered{e, e.Number}
 	g.es.Leave()
-	return e
+	return in
 }
 
 // read compares r with the truth.

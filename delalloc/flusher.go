@@ -143,10 +143,10 @@ func (f *Flusher) Flush(ctx context.Context) error {
 		f.rounds[n] = r
 	}
 	r.waiting++
+	f.awaited.Add(1) // before the commit can begin
+	defer f.awaited.Add(-1)
 	f.ask()
 	f.mu.Unlock()
-	f.awaited.Add(1)
-	defer f.awaited.Add(-1)
 	select {
 	case <-r.done:
 		return r.err
