@@ -85,7 +85,7 @@ type log struct {
 		segment uint32 // that the last bytes were written to
 		fresh   bool   // it was never written before
 		end     int64  // offset in the file behind them
-		zeros   int64  // offset in the file up to which zeros have been written ahead
+		zeros   int64  // offset in the file up to which zeros have been written ahead in segment; 0: none have
 		goal    int64  // offset in the file up to which the writer is to write them
 		small   int    // small commits in sequence
 		synced  uint64 // bytes, when the last commit was synced
@@ -188,6 +188,9 @@ func (l *log) writeLocked() {
 	w.buffers++
 	w.bytes += uint64(n)
 	if n > 0 {
+		if segment != w.segment {
+			w.zeros = 0 // they were for the one before
+		}
 		w.segment, w.fresh, w.end = segment, fresh, end
 	}
 	if w.err == nil {
@@ -248,10 +251,7 @@ func (l *log) synced() {
 func (l *log) zeroLocked() {
 	w := &l.written
 	base := l.segments.base(w.segment)
-	from := (w.end + alignment - 1) &^ (alignment - 1)
-	if w.zeros > from && w.zeros <= base+int64(l.segments.size) {
-		from = w.zeros
-	}
+	from := max(w.zeros, (w.end+alignment-1)&^(alignment-1))
 	n := min(zeroPiece, w.goal-from, base+int64(l.segments.size)-from)
 	if n <= 0 || w.err != nil || !w.fresh {
 		w.goal = 0
