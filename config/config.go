@@ -102,8 +102,8 @@ type Config struct {
 	// data written from now on.
 	Extent Size `key:"extent" type:"32KiB|64KiB|128KiB" help:"data compressed as one: larger packs better, smaller reads faster (0: the store's own, 64KiB for a new one)"`
 
-	// Workers is the number of goroutines that compress. Default 0: two more
-	// than there are processors, at most 8. At most 256. See [Config.WorkerCount].
+	// Workers is the number of goroutines that compress. Default 0: one for each
+	// processor, at most 8. At most 256. See [Config.WorkerCount].
 	Workers int `key:"workers" type:"number" help:"goroutines that compress (0: by the number of processors)"`
 
 	// CommitInterval is the longest time that an answered write stays
@@ -297,7 +297,7 @@ func (c *Config) WorkerCount() int {
 	if c.Workers != 0 {
 		return c.Workers
 	}
-	return min(runtime.GOMAXPROCS(0)+2, 8)
+	return min(runtime.GOMAXPROCS(0), 8)
 }
 
 // A Fault is one thing wrong with the configuration, a mistake of the user's.

@@ -115,8 +115,8 @@ func TestDefault(t *testing.T) {
 	if c.DirtyLimit() != 128*MiB || c.BackgroundLimit() != 32*MiB {
 		t.Errorf("limits are %v, %v; want half and an eighth of 256MiB", c.DirtyLimit(), c.BackgroundLimit())
 	}
-	if n := c.WorkerCount(); n < 3 || n > 8 {
-		t.Errorf("%d workers, want 3 to 8", n)
+	if n := c.WorkerCount(); n < 1 || n > 8 {
+		t.Errorf("%d workers, want 1 to 8", n)
 	}
 
 	c.DirtyMax = 16 * MiB

@@ -9,12 +9,12 @@ import (
 // compressor is the transform of the writeback: one encoder for each worker.
 type compressor struct {
 	setting  compression.Setting
-	hurry    func() bool // somebody waits for what is encoded now
+	hurry    func(n int) bool // auto shall take less time for n bytes
 	encoders []*compression.Encoder
 	regions  *compression.RegionMemory
 }
 
-func newCompressor(s compression.Setting, workers int, hurry func() bool) *compressor {
+func newCompressor(s compression.Setting, workers int, hurry func(n int) bool) *compressor {
 	c := &compressor{setting: s, hurry: hurry, regions: compression.NewRegionMemory()}
 	for range workers + 1 { // one for who helps
 		c.encoders = append(c.encoders, compression.NewEncoder())
@@ -27,7 +27,7 @@ func newCompressor(s compression.Setting, workers int, hurry func() bool) *compr
 func (c *compressor) Encode(worker int, dst, src []byte, start block.Index) (out []byte, codec, level uint8, ok bool) {
 	region := compression.RegionOf(start.Bytes())
 	s := c.setting
-	if s.Codec == compression.Auto && len(src) <= scatteredBytes && c.hurry() {
+	if s.Codec == compression.Auto && c.hurry(len(src)) {
 		s = compression.Setting{Codec: compression.S2, Level: compression.S2Fast}
 	}
 	s = c.regions.Effort(region, s)
@@ -36,12 +36,29 @@ func (c *compressor) Encode(worker int, dst, src []byte, start block.Index) (out
 	return out, uint8(used.Codec), uint8(used.Level), ok
 }
 
-// scatteredBytes is the most that auto encodes with s2 when somebody waits: the pieces
-// of writes at random places. Zstd makes tables for each piece, however small, so that
-// of a block of 4 KiB costs three and a half times what s2 does (28 and 8 us) to be a
-// quarter smaller; and those pieces are what the cleaner and recompression make whole
-// extents of again, better encoded than either.
+// scatteredBytes is the size of the pieces of writes at random places, at most. Zstd
+// makes tables for each piece, however small, so that of a block of 4 KiB costs three
+// and a half times what s2 does (28 and 8 us) to be a quarter smaller; and those
+// pieces are what the cleaner and recompression make whole extents of again, better
+// encoded than either.
 const scatteredBytes = 16 << 10
+
+// hurry is the policy of auto: whether n bytes are encoded with s2, which takes a third
+// of the time of zstd and leaves a third more, until recompression finds them.
+// Scattered pieces are when a flush waits for them, or more is written than goes out;
+// whole extents when clients are about to be held up, so that of a stream as many of them
+// are as its speed asks for, and no more. Space that runs short is worth more than time,
+// and so is all space where no recompression will come.
+func (d *Device) hurry(n int) bool {
+	if d.opts.NoRecompress {
+		return false
+	}
+	flushed, behind := d.flusher.Awaited(), d.cache.Backlogged()
+	if n > scatteredBytes {
+		flushed, behind = flushed && behind, d.cache.Throttles()
+	}
+	return (flushed || behind) && !d.store.Scarce()
+}
 
 // recoder is the codec of the cleaner (store.Recoder).
 type recoder struct {

@@ -68,8 +68,8 @@ type Options struct {
 	// ExtentBytes is how much new data is compressed as one: a power of two
 	// from 4 KiB to 128 KiB. Default: the store's.
 	ExtentBytes uint32
-	// Workers is the number of compression workers. Default: the number of CPUs
-	// plus 2, at most 8.
+	// Workers is the number of compression workers. Default: GOMAXPROCS, at most 8. Where
+	// they are as many, requests wait for them while much is written.
 	Workers int
 
 	// CommitInterval is the longest time that a write waits for a commit. Default 5 s.
@@ -112,7 +112,7 @@ func (o *Options) setDefaults() {
 		o.PayloadBytes = 64 << 20
 	}
 	if o.Workers == 0 {
-		o.Workers = min(runtime.NumCPU()+2, 8)
+		o.Workers = min(runtime.GOMAXPROCS(0), 8)
 	}
 	if o.CommitInterval == 0 {
 		o.CommitInterval = 5 * time.Second
@@ -251,7 +251,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	inFlight := min(64<<20, max(o.CacheBytes/4, 1<<20))
 	d.queue = asyncq.New(asyncq.Options{Workers: o.Workers, BytesMax: inFlight, BytesLow: inFlight / 2})
 	d.back = delalloc.New(delalloc.Options{
-		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers, d.awaited),
+		Pages: d.cache, Log: storeLog{d.store}, Queue: d.queue, Transform: newCompressor(d.codec, o.Workers, d.hurry),
 		Workers: o.Workers, ExtentBlocks: int(d.opts.ExtentBytes / block.Size),
 	})
 	d.flusher = delalloc.StartFlusher(delalloc.FlusherOptions{
@@ -279,10 +279,6 @@ func (d *Device) needCommit() {
 		d.flusher.NeedCommit()
 	}
 }
-
-// awaited tells whether somebody waits for data to be written out, or will if it takes
-// long: a flush, or who wants room in the cache.
-func (d *Device) awaited() bool { return d.flusher.Awaited() || d.cache.Backlogged() }
 
 func (d *Device) needWriteback() {
 	if d.flusher != nil {

@@ -913,6 +913,9 @@ func TestBalanceDirty(t *testing.T) {
 		if !c.OverBackground() || kicks != 1 {
 			t.Fatalf("over background %v with 5 of 4, %d kicks", c.OverBackground(), kicks)
 		}
+		if !c.Backlogged() || c.Throttles() {
+			t.Fatalf("5 of 4 and 8: backlogged %v, throttles %v", c.Backlogged(), c.Throttles())
+		}
 		write(t, c, 4, 2, 1) // replaced: no place used up
 		if m := c.Metrics(); m.Dirty != 5 || m.Admitted != 0 || c.DirtyBlocks() != 5 {
 			t.Fatalf("%+v", m)
@@ -920,6 +923,11 @@ func TestBalanceDirty(t *testing.T) {
 		if err := c.BalanceDirty(bg, 0); err != nil {
 			t.Fatal(err)
 		}
+
+		if err := c.BalanceDirty(bg, 2); err != nil || !c.Throttles() {
+			t.Fatalf("7 of 4 and 8: %v, throttles %v", err, c.Throttles())
+		}
+		c.CancelDirty(2)
 
 		var order []int
 		ctx, cancel := context.WithCancel(bg)

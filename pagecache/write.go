@@ -144,6 +144,11 @@ func (c *Cache) OverBackground() bool { return c.dirty.Load() > c.background }
 // BackgroundBytes: more is written than goes to the store.
 func (c *Cache) Backlogged() bool { return c.charged.Load() > c.background }
 
+// Throttles reports whether what Backlogged counts is nearer to DirtyBytesMax than to
+// BackgroundBytes: soon writers will wait in BalanceDirty. (Linux slows writers down from
+// that middle on, balance_dirty_pages.)
+func (c *Cache) Throttles() bool { return 2*c.charged.Load() > c.background+c.dirtyMax }
+
 // WaitersForDirty reports whether somebody waits in BalanceDirty.
 func (c *Cache) WaitersForDirty() bool { return c.dirtyGate.waiting.Load() > 0 }
 

@@ -869,6 +869,13 @@ func (s *Store) left() uint64 {
 	return bytes + uint64(max(min(free, warm), 1)-1)*s.segments.usable()
 }
 
+// Scarce reports whether less than an eighth of the capacity is left for new data: what
+// they take is then worth more than the time that it takes to make them smaller.
+func (s *Store) Scarce() bool {
+	free, _ := s.segments.room()
+	return uint64(free) < s.kept(Growth)+uint64(s.segments.total.Load()/8)
+}
+
 // mayCheckpoint tells whether there is room for one that nobody has to have. For what
 // has changed there is: see Short.
 func (s *Store) mayCheckpoint() bool {

@@ -11,6 +11,7 @@ import (
 	"os/signal"
 	"os/user"
 	"path/filepath"
+	"runtime"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -80,7 +81,10 @@ func newServe() *cobra.Command {
 			defer signal.Stop(hup)
 			// Whoever reads the log may go away; the disk must not.
 			signal.Ignore(syscall.SIGPIPE)
-			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr()), parent: parent}
+			s := &serving{config: c, log: newLogger(c, cmd.ErrOrStderr()), parent: parent, workers: c.WorkerCount()}
+			if os.Getenv("GOMAXPROCS") == "" {
+				runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + spareProcs)
+			}
 			s.load = func() (*config.Config, error) { return config.Load(file, cmd.Flags()) }
 			for _, name := range config.UnknownEnv(os.Environ()) {
 				s.log.Warn().Str("variable", name).Msg("this variable of the environment is no setting, it is ignored")
@@ -107,7 +111,15 @@ type serving struct {
 	monitor   *monitor.Server // nil: not asked for
 
 	unprotected []error // what protect could not do
+	workers     int     // that compress, for each export
 }
+
+// spareProcs is how many goroutines run beside those that compress, on as many processors
+// as there are. Go looks for what has arrived on sockets when one of its processors has
+// nothing to do, else every 10 ms; and compressors keep busy as many as there are. With
+// spare ones it is the kernel that shares the machine out, and it prefers who has
+// waited.
+const spareProcs = 2
 
 // served is one export.
 type served struct {
@@ -425,7 +437,7 @@ func (s *serving) open(v *served) (err error) {
 		PayloadBytes:  int64(c.Payload) + block.Size,
 		DirtyBytesMax: dirty, BackgroundBytes: min(share(c.BackgroundLimit()), dirty/4*3),
 		Background: behind, NoRecompress: e.Recompress == "off",
-		Codec: &codec, ExtentBytes: uint32(c.Extent), Workers: c.WorkerCount(),
+		Codec: &codec, ExtentBytes: uint32(c.Extent), Workers: s.workers,
 		CommitInterval: c.CommitInterval, WritebackPeriod: c.WritebackPeriod, DirtyExpire: c.WritebackExpire,
 		CheckpointBytes: uint64(c.CheckpointInterval),
 		Warn:            func(msg string, err error) { log.Warn().Err(err).Msg(msg) },

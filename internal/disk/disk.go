@@ -29,6 +29,13 @@ type File interface {
 	// until the call returns. A full backing filesystem is syscall.ENOSPC.
 	WriteAt(p []byte, off int64) (int, error)
 
+	// WriteBehind asks the host to begin to bring what was written to [off, off+n) to
+	// the medium, so that little is left for the next Sync, and its page cache does
+	// not fill with data that wait. nil says nothing of durability; an error is one of
+	// Sync that came early. Where the host cannot do it nothing happens. It waits while
+	// the medium has more to do than it takes on.
+	WriteBehind(off, n int64) error
+
 	// Sync is fdatasync(2): data, and what metadata is needed to read it.
 	Sync() error
 

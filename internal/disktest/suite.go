@@ -99,6 +99,11 @@ func RunFile(t *testing.T, f disk.File) {
 			if k, err := f.WriteAt(p, off); k != len(p) || err != nil {
 				t.Fatalf("write [%d,%d) = %d, %v", off, off+n, k, err)
 			}
+			if rng.IntN(2) == 0 {
+				if err := f.WriteBehind(off, n); err != nil {
+					t.Fatal(err)
+				}
+			}
 			if n > 0 {
 				grow(off + n)
 				copy(want[off:], p)

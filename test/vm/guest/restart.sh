@@ -1,5 +1,6 @@
-# A clean restart of the server below a mounted filesystem that is written to is a
-# pause, by cnbd attach --reconnect; and the device grows in use.
+# Below a mounted filesystem that is written to: an export of the device is one moment of
+# it; a clean restart of the server is a pause, by cnbd attach --reconnect; and the
+# device grows in use.
 
 step 'cnbd installed' install_cnbd
 attach_unit 0 ext4
@@ -10,6 +11,16 @@ step 'made and mounted' eval 'make_filesystem ext4 /dev/nbd0 && mount /dev/nbd0 
 start_writer
 more() { written $(($(cat /tmp/synced) + 10)); }
 step 'files are synced' more
+copy=/var/tmp/copy.img
+export_live() {
+	local before
+	before=$(cat /tmp/synced)
+	cnbd export /var/lib/cnbd/ext4.cnbd "$copy" && mkdir -p /mnt/copy && mount -o loop "$copy" /mnt/copy || return
+	echo "$before synced before, $(cat /tmp/synced) after"
+	[ "$(cat /tmp/synced)" -gt "$before" ] && verify ext4 "$before" /mnt/copy && umount /mnt/copy &&
+		check_filesystem ext4 "$copy" && rm "$copy"
+}
+step 'exported in use, what was synced before is in it, sound' export_live
 for n in 1 2 3; do
 	step "restart $n" systemctl restart cnbd.service
 	step 'files are synced' more
