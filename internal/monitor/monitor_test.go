@@ -123,6 +123,26 @@ func TestValues(t *testing.T) {
 	}
 }
 
+// TestErrnos: every error number that has a name has its counter before it occurs.
+func TestErrnos(t *testing.T) {
+	w := httptest.NewRecorder()
+	Handler(full()).ServeHTTP(w, httptest.NewRequest("GET", "/metrics", nil))
+	named := 0
+	for e := range nbd.Errno(1 << 12) {
+		name := strings.TrimPrefix(e.Error(), "nbd: ")
+		if !strings.HasPrefix(name, "E") {
+			continue
+		}
+		named++
+		if want := fmt.Sprintf("\ncnbd_error_answers_total{errno=%q,export=\"two\"} 0\n", name); !strings.Contains(w.Body.String(), want) {
+			t.Errorf("no line %s", want)
+		}
+	}
+	if named < 8 {
+		t.Errorf("%d error numbers have names", named)
+	}
+}
+
 // A row is a metric as the documentation has it.
 type row struct{ name, kind, labels, help string }
 
