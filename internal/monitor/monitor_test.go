@@ -274,6 +274,14 @@ func TestDashboard(t *testing.T) {
 		}
 		for _, target := range p.Targets {
 			check("panel "+p.Title, target.Expr)
+			if p.Type == "timeseries" && target.LegendFormat == "{{export}}" {
+				t.Errorf("panel %q has no legend for the export without a name", p.Title)
+			}
+			// What is filtered by its rate has gaps where nothing happened, and Grafana
+			// draws a line from one side to the other.
+			if regexp.MustCompile(`\$__rate_interval\]\)+ *[<>]`).MatchString(target.Expr) {
+				t.Errorf("panel %q: a rate is filtered by itself: %s", p.Title, target.Expr)
+			}
 		}
 		g := p.GridPos
 		if g.X+g.W > 24 || g.W < 1 || g.H < 1 {
