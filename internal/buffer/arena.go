@@ -21,6 +21,12 @@ const (
 	linkInUse = 1 << 31
 )
 
+// hugeFramesMin is the size of frames, in bytes, from which on they lie in huge pages.
+// Where those were measured a first touch cost a third, and a copy of a block or of a
+// MiB out of 256 MiB took 6 to 25 % less time. In less than this the rest of a page
+// that is not used yet would be a larger part.
+const hugeFramesMin = 32 << 20
+
 // An Arena is a fixed number of frames of [block.Size] bytes, each with a header
 // of type H, in one mapping outside the Go heap. H must have no pointers: the
 // garbage collector does not see them there. All methods but Close may be called
@@ -28,7 +34,7 @@ const (
 //
 // Free frames form a lock-free stack. Frames that were never used are not on it
 // and are taken, in order, only when it is empty: so a cache that is not full
-// occupies no memory for what it has not used yet.
+// occupies no memory for what it has not used yet, but for the rest of a huge page.
 type Arena[H any] struct {
 	// Immutable after NewArena.
 	memory  []byte
@@ -59,6 +65,10 @@ func NewArena[H any](n int) (*Arena[H], error) {
 	memory, err := mapMemory(headersEnd + (n+1)*4)
 	if err != nil {
 		return nil, err
+	}
+	// The frames alone: headers are small, and would take a whole one each time.
+	if frames >= hugeFramesMin {
+		useHugePages(memory[:frames])
 	}
 	return &Arena[H]{
 		memory:  memory,

@@ -18,6 +18,16 @@ func mapMemory(n int) ([]byte, error) {
 	return b, nil
 }
 
+// useHugePages asks the system for huge pages in b, a part of a mapping that begins at
+// a page. It is free to refuse: a kernel may have none. A page of 2 MiB is taken with
+// the first touch of any of its bytes; where ordinary pages are larger than 4 KiB huge
+// ones have 32 or 512 MiB, which is too much.
+func useHugePages(b []byte) {
+	if unix.Getpagesize() == 4096 {
+		_ = unix.Madvise(b, unix.MADV_HUGEPAGE)
+	}
+}
+
 func unmapMemory(b []byte) error {
 	if err := unix.Munmap(b); err != nil {
 		return fmt.Errorf("buffer: unmap %d bytes: %w", len(b), err)
