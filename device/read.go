@@ -86,7 +86,7 @@ func (d *Device) ReadPromptly(off uint64, n uint32) (*Payload, bool) {
 		}
 	}
 	d.requests.Add(1)
-	d.cache.CountPeeks(len(p.refs), holes)
+	d.cache.CountPeeks(p.refs, holes)
 	p.trim(r, off, uint64(n))
 	return p, true
 }

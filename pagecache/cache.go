@@ -7,6 +7,7 @@ import (
 	"math/rand/v2"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"cnbd/internal/block"
 	"cnbd/internal/buffer"
@@ -127,19 +128,25 @@ const (
 // A header is what the cache knows of the frame with the same number.
 type header struct {
 	// block and state are written under the mutex of block's shard, or by the
-	// owner of a frame that is not attached. The evictor reads them without.
-	// Whoever attaches a frame stores block first, and whoever verifies under
-	// a shard's mutex loads state first: see evict.
+	// owner of a frame that is not attached. InstallHole reads them without.
 	block atomic.Uint64
 	state atomic.Uint32
 	// refs: invariant 9.
 	refs atomic.Int32
-	// epoch and next are guarded like state.
-	epoch uint64
-	next  Ref // in the chain of the index
-	// referenced is the CLOCK bit, see evict.go.
-	referenced atomic.Uint32
+	// epoch, next and the neighbours in a queue are guarded like state.
+	epoch        uint64
+	next         Ref // in the chain of the index
+	newer, older Ref // in the queue of a clean version, see evict.go
+	// rank is written under the mutex of block's shard, but for reads that count
+	// themselves: see evict.go.
+	rank atomic.Uint32
 }
+
+// The memory for one cached block beside its frame is said in doc.go.
+const (
+	_ = uint(40 - unsafe.Sizeof(header{}))
+	_ = uint(8 - unsafe.Sizeof(bucket{}))
+)
 
 // A Cache is the page cache of one device. All methods but Close may be called
 // concurrently, under the conditions that they state.
@@ -154,9 +161,12 @@ type Cache struct {
 	hashSeed      [2]uint64
 	bucketMask    uint64
 
+	index  *buffer.Table[bucket]
 	shards [shardCount]shard
 	holes  holeMap
-	clock  clock
+
+	// hand counts the visits of evict to shards.
+	hand atomic.Uint64
 
 	// budget has the number of cached frames in its low and of payload frames
 	// in its high half: one word, so that Install moves a frame from one to the
@@ -169,6 +179,8 @@ type Cache struct {
 	// clean is the number of clean visible versions, so that the evictor knows
 	// when there is nothing to look for.
 	clean atomic.Int64
+	// small is how many of them are in small queues.
+	small atomic.Int64
 	// pins is the number of references given to readers, in stripes by frame.
 	pins [16]struct {
 		atomic.Int64
@@ -185,8 +197,10 @@ type Cache struct {
 // A shard is a part of the index.
 type shard struct {
 	mu sync.Mutex // guards all below, and the headers of versions attached here
-	// buckets hold the first version of each chain, or 0.
-	buckets []Ref
+	// buckets are the shard's part of the index.
+	buckets []bucket
+	// small and main have the clean versions: see evict.go.
+	small, main queue
 	// claims has the blocks that somebody is about to fill. It is as large as
 	// the readers at work make it.
 	claims   map[block.Index]claimed
@@ -194,6 +208,12 @@ type shard struct {
 	events   [eventCount]uint64
 	// versions counts versions by state.
 	versions struct{ clean, dirty, shadow, locked, writeback, failed int64 }
+}
+
+// A bucket is a place of the index.
+type bucket struct {
+	first Ref    // version of the chain, or 0
+	ghost uint32 // the trace of a block that was evicted, or 0: see evict.go
 }
 
 // claimed is a claim that stands.
@@ -225,7 +245,10 @@ func New(o Options) (*Cache, error) {
 	// One bucket for each frame that can be cached, or up to twice as many.
 	perShard := uint64(1) << bits.Len64(uint64(c.cacheMax-1)/shardCount)
 	c.bucketMask = perShard - 1
-	buckets := make([]Ref, perShard*shardCount)
+	if c.index, err = buffer.NewTable[bucket](int(perShard * shardCount)); err != nil {
+		return nil, errors.Join(fmt.Errorf("pagecache: %w", err), c.arena.Close())
+	}
+	buckets := c.index.Values()
 	for i := range c.shards {
 		c.shards[i].buckets = buckets[uint64(i)*perShard:][:perShard:perShard]
 		c.shards[i].claims = make(map[block.Index]claimed)
@@ -258,7 +281,7 @@ func (c *Cache) Close() error {
 		invariants.Assertf(false, "%v", err)
 		return err
 	}
-	return c.arena.Close()
+	return errors.Join(c.arena.Close(), c.index.Close())
 }
 
 // Bytes is the memory of r, [block.Size] bytes. Of payload it is the caller's to
@@ -268,14 +291,18 @@ func (c *Cache) Bytes(r Ref) []byte { return c.arena.Bytes(r) }
 
 // home is where b is in the index: its shard, and in it the number of its bucket.
 func (c *Cache) home(b block.Index) (*shard, uint64) {
-	hi, lo := bits.Mul64(uint64(b)^c.hashSeed[0], c.hashSeed[1])
-	h := hi ^ lo
+	h := c.hash(b)
 	return &c.shards[h%shardCount], h / shardCount & c.bucketMask
+}
+
+func (c *Cache) hash(b block.Index) uint64 {
+	hi, lo := bits.Mul64(uint64(b)^c.hashSeed[0], c.hashSeed[1])
+	return hi ^ lo
 }
 
 // find is the visible version of b, or 0. REQUIRES: sh.mu held.
 func (c *Cache) find(sh *shard, bucket uint64, b block.Index) Ref {
-	for r := sh.buckets[bucket]; r != 0; {
+	for r := sh.buckets[bucket].first; r != 0; {
 		h := c.arena.Header(r)
 		if h.block.Load() == uint64(b) && h.state.Load()&shadow == 0 {
 			return r
@@ -288,7 +315,7 @@ func (c *Cache) find(sh *shard, bucket uint64, b block.Index) Ref {
 // findDirty is the version of b that is dirty in epoch, visible or not, or 0.
 // REQUIRES: sh.mu held.
 func (c *Cache) findDirty(sh *shard, bucket uint64, b block.Index, epoch uint64) Ref {
-	for r := sh.buckets[bucket]; r != 0; {
+	for r := sh.buckets[bucket].first; r != 0; {
 		h := c.arena.Header(r)
 		if h.block.Load() == uint64(b) && h.state.Load()&dirty != 0 && h.epoch == epoch {
 			return r
@@ -299,23 +326,24 @@ func (c *Cache) findDirty(sh *shard, bucket uint64, b block.Index, epoch uint64)
 }
 
 // attach makes r the visible version of its block, which has none. The caller has
-// set block, epoch and refs. REQUIRES: sh.mu held.
-func (c *Cache) attach(sh *shard, bucket uint64, r Ref, state uint32) {
+// set block, epoch and refs; rank is that of the version it replaces, or how often
+// it was read. REQUIRES: sh.mu held.
+func (c *Cache) attach(sh *shard, bucket uint64, r Ref, state, rank uint32) {
 	h := c.arena.Header(r)
 	if invariants.Enabled {
 		b := block.Index(h.block.Load())
 		invariants.Assertf(c.find(sh, bucket, b) == 0, "block %d has a visible version already", b)
 	}
-	h.next = sh.buckets[bucket]
-	sh.buckets[bucket] = r
-	c.clock.enter(h)
-	c.setState(sh, h, state|attached)
+	h.next = sh.buckets[bucket].first
+	sh.buckets[bucket].first = r
+	c.enter(sh, bucket, h, rank)
+	c.setState(sh, r, state|attached)
 }
 
 // unlink takes r out of the index; the caller then sets its state, and drops the
 // reference of the index after it has let sh.mu go. REQUIRES: sh.mu held.
 func (c *Cache) unlink(sh *shard, bucket uint64, r Ref) {
-	for p := &sh.buckets[bucket]; ; {
+	for p := &sh.buckets[bucket].first; ; {
 		if *p == 0 {
 			panic(fmt.Sprintf("pagecache: version %d is not in the index", r))
 		}
@@ -328,9 +356,10 @@ func (c *Cache) unlink(sh *shard, bucket uint64, r Ref) {
 	}
 }
 
-// setState sets the state of a version and keeps the counters of states.
-// REQUIRES: sh.mu held.
-func (c *Cache) setState(sh *shard, h *header, state uint32) {
+// setState sets the state of a version, and keeps the counters of states and the
+// queues of what is clean. REQUIRES: sh.mu held.
+func (c *Cache) setState(sh *shard, r Ref, state uint32) {
+	h := c.arena.Header(r)
 	old := h.state.Load()
 	h.state.Store(state)
 	delta := func(bits uint32) int64 { return btoi(state&bits != 0) - btoi(old&bits != 0) }
@@ -343,6 +372,11 @@ func (c *Cache) setState(sh *shard, h *header, state uint32) {
 	if d := btoi(isClean(state)) - btoi(isClean(old)); d != 0 {
 		v.clean += d
 		c.clean.Add(d)
+		if d > 0 {
+			c.push(sh, r)
+		} else {
+			c.pull(sh, r)
+		}
 	}
 }
 

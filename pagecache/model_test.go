@@ -617,6 +617,7 @@ func (m *model) compare() {
 	for b := range m.blocks {
 		want.Claims += btoi(m.blocks[b].claim != nil)
 	}
+	checkQueues(m.t, m.c)
 	got := m.c.Metrics()
 	cmp := Metrics{
 		Clean: got.Clean, Dirty: got.Dirty, Locked: got.Locked, Writeback: got.Writeback, Failed: got.Failed,

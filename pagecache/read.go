@@ -47,7 +47,7 @@ func (c *Cache) Get(b block.Index) (Ref, Claim, Status) {
 	if r := c.find(sh, bucket, b); r != 0 {
 		h := c.arena.Header(r)
 		h.refs.Add(1)
-		c.clock.touch(h)
+		touch(h)
 		sh.events[hits]++
 		sh.mu.Unlock()
 		c.pins[r%Ref(len(c.pins))].Add(1)
@@ -72,14 +72,13 @@ func (c *Cache) Get(b block.Index) (Ref, Claim, Status) {
 }
 
 // Peek is Get of a block that nobody wants if it is not here: the answer is Hit, with
-// a pinned Ref, Hole, or Filling for everything else. Only CountPeeks counts it. It does not block.
+// a pinned Ref, Hole, or Filling for everything else. Only CountPeeks counts it, as a read too.
+// It does not block.
 func (c *Cache) Peek(b block.Index) (Ref, Status) {
 	sh, bucket := c.home(b)
 	sh.mu.Lock()
 	if r := c.find(sh, bucket, b); r != 0 {
-		h := c.arena.Header(r)
-		h.refs.Add(1)
-		c.clock.touch(h)
+		c.arena.Header(r).refs.Add(1)
 		sh.mu.Unlock()
 		c.pins[r%Ref(len(c.pins))].Add(1)
 		return r, Hit
@@ -93,9 +92,13 @@ func (c *Cache) Peek(b block.Index) (Ref, Status) {
 	return 0, Filling
 }
 
-// CountPeeks counts what Peek has answered a request with.
-func (c *Cache) CountPeeks(hits, holes int) {
-	c.peekHits.Add(uint64(hits))
+// CountPeeks counts what Peek has answered a request with: versions, which are pinned
+// still, and holes. Of a request that goes on to Get, what was peeked at counts there.
+func (c *Cache) CountPeeks(hits []Ref, holes int) {
+	for _, r := range hits {
+		touch(c.arena.Header(r))
+	}
+	c.peekHits.Add(uint64(len(hits)))
 	c.peekHoles.Add(uint64(holes))
 }
 
@@ -161,7 +164,7 @@ func (c *Cache) fill(cl Claim, data []byte, pins int32) (Ref, bool) {
 		c.payloadGate.serve()
 		return 0, false
 	}
-	c.attach(sh, bucket, r, 0)
+	c.attach(sh, bucket, r, 0, uint32(pins))
 	sh.withdraw(cl.block)
 	sh.events[fills]++
 	sh.mu.Unlock()

@@ -49,8 +49,8 @@ func (c *Cache) Unstored(r block.Range, max int, dst []block.Index) (blocks []bl
 		sh := &c.shards[i]
 		sh.mu.Lock()
 		if v := &sh.versions; v.dirty+v.writeback+v.failed > 0 {
-			for _, version := range sh.buckets {
-				for ; version != 0; version = c.arena.Header(version).next {
+			for _, bucket := range sh.buckets {
+				for version := bucket.first; version != 0; version = c.arena.Header(version).next {
 					h := c.arena.Header(version)
 					b := block.Index(h.block.Load())
 					if s := h.state.Load(); s&pending != 0 && s&shadow == 0 && r.Start <= b && b < end {

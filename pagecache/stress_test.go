@@ -140,6 +140,10 @@ func (g *rig) run(rng *rand.Rand) {
 				g.c.release(r)
 				g.c.payloadGate.serve()
 			}
+			sh := &g.c.shards[rng.IntN(shardCount)]
+			sh.mu.Lock()
+			queuesOf(g.t, g.c, sh)
+			sh.mu.Unlock()
 			runtime.Gosched()
 		}
 	})
@@ -172,6 +176,7 @@ func (g *rig) run(rng *rand.Rand) {
 		m.Locked != 0 || m.Cached != m.Clean || m.Cached > int64(m.CacheMax) {
 		g.t.Errorf("in the end something is left: %+v", m)
 	}
+	checkQueues(g.t, g.c)
 	evictEverything(g.t, g.c)
 	for b := range block.Index(rigBlocks) {
 		if g.c.holes.contains(b) {

@@ -174,7 +174,11 @@ func (c *Cache) Install(b block.Index, r Ref, epoch uint64) (replacedDirty bool)
 	sh.mu.Lock()
 	old, was := c.supersede(sh, bucket, b, epoch)
 	sh.withdraw(b)
-	c.attach(sh, bucket, r, dirty)
+	var rank uint32
+	if old != 0 {
+		rank = c.arena.Header(old).rank.Load()
+	}
+	c.attach(sh, bucket, r, dirty, rank)
 	c.holes.punch(b)
 	sh.events[wasWritten[was]]++
 	crossed := false
@@ -300,14 +304,14 @@ func (c *Cache) supersede(sh *shard, bucket uint64, b block.Index, epoch uint64)
 		if invariants.Enabled {
 			invariants.Assertf(h.epoch < epoch, "block %d is dirty in epoch %d, written in %d", b, h.epoch, epoch)
 			n := 0
-			for x := sh.buckets[bucket]; x != 0; x = c.arena.Header(x).next {
+			for x := sh.buckets[bucket].first; x != 0; x = c.arena.Header(x).next {
 				if xh := c.arena.Header(x); xh.block.Load() == uint64(b) && xh.state.Load()&shadow != 0 {
 					n++
 				}
 			}
 			invariants.Assertf(n == 0, "block %d has a shadow already, written in %d", b, epoch)
 		}
-		c.setState(sh, h, state|shadow)
+		c.setState(sh, r, state|shadow)
 		return r, wasFrozen
 	}
 	c.unlink(sh, bucket, r)
@@ -316,16 +320,16 @@ func (c *Cache) supersede(sh *shard, bucket uint64, b block.Index, epoch uint64)
 		if state&locked != 0 {
 			sh.events[locksLost]++
 		}
-		c.setState(sh, h, state&locked)
+		c.setState(sh, r, state&locked)
 		return r, wasDirty
 	case state&writeback != 0:
-		c.setState(sh, h, writeback)
+		c.setState(sh, r, writeback)
 		return r, wasWriteback
 	case state&failed != 0:
-		c.setState(sh, h, 0)
+		c.setState(sh, r, 0)
 		return r, wasFailed
 	}
-	c.setState(sh, h, 0)
+	c.setState(sh, r, 0)
 	return r, wasClean
 }
 

@@ -22,7 +22,7 @@ func (c *Cache) LockDirty(b block.Index, epoch uint64) (Ref, bool) {
 	}
 	h := c.arena.Header(r)
 	h.refs.Add(1)
-	c.setState(sh, h, h.state.Load()|locked)
+	c.setState(sh, r, h.state.Load()|locked)
 	sh.events[findLocks]++
 	return r, true
 }
@@ -45,7 +45,7 @@ func (c *Cache) StillDirty(r Ref, epoch uint64) bool {
 // changes. The caller must not use r any more.
 func (c *Cache) UnlockDirty(r Ref) {
 	h, sh := c.lockVersion(r, locked, "unlocked")
-	c.setState(sh, h, h.state.Load()&^locked)
+	c.setState(sh, r, h.state.Load()&^locked)
 	sh.mu.Unlock()
 	c.unref(r)
 }
@@ -64,7 +64,7 @@ func (c *Cache) HandOff(r Ref) {
 		h.refs.Add(-1) // not the last: the item's remains
 		state &^= attached | shadow
 	}
-	c.setState(sh, h, state&^(dirty|locked)|writeback)
+	c.setState(sh, r, state&^(dirty|locked)|writeback)
 	c.dirty.Add(-1)
 	sh.events[handOffs]++
 	sh.mu.Unlock()
@@ -88,7 +88,7 @@ func (c *Cache) EndWriteback(r Ref, err error) {
 	case state&attached == 0:
 		e = writebacksDetached
 	}
-	c.setState(sh, h, state)
+	c.setState(sh, r, state)
 	sh.events[e]++
 	sh.mu.Unlock()
 

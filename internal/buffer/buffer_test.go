@@ -77,6 +77,35 @@ func TestArenaGivesEachFrameOnce(t *testing.T) {
 	}
 }
 
+func TestTable(t *testing.T) {
+	if _, err := NewTable[uint64](0); err == nil {
+		t.Error("a table of nothing was made")
+	}
+	table, err := NewTable[[3]uint32](1000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	values := table.Values()
+	if len(values) != 1000 {
+		t.Fatalf("%d values", len(values))
+	}
+	for i := range values {
+		if values[i] != [3]uint32{} {
+			t.Fatalf("value %d is %v at first", i, values[i])
+		}
+		values[i] = [3]uint32{uint32(i), 1, 2}
+	}
+	if values[7] != [3]uint32{7, 1, 2} {
+		t.Errorf("value 7 is %v", values[7])
+	}
+	if err := table.Close(); err != nil {
+		t.Error(err)
+	}
+	if table.Close() == nil {
+		t.Error("closed twice")
+	}
+}
+
 func TestArenaReusesTheLatestFirst(t *testing.T) {
 	a := newArena[struct{}](t, 8)
 	defer a.Close()
