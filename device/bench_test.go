@@ -174,6 +174,7 @@ func TestRequestsDoNotAllocate(t *testing.T) {
 	for _, ld := range loads {
 		t.Run(ld.name, func(t *testing.T) {
 			l := newLoad(t, ld.o)
+			l.d.ahead.stop() // who waits for what another goroutine reads makes a channel for that
 			n := max(20, 2000/ld.blocks)
 			if ld.most >= 1 {
 				n = 100 // each waits for the disk

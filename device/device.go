@@ -172,12 +172,13 @@ type Device struct {
 	payloads sync.Pool
 	writes   sync.Pool
 
+	ahead      readahead
 	walks      chan *walk    // idle; who walks takes one
 	prefetches chan struct{} // full when as many are at work as may be
 
 	metrics struct {
-		misses, decodes, neighbours, holesRead, bookends, lookups, stale, late, readErrors atomic.Uint64
-		rmws, rmwRetries                                                                   atomic.Uint64
+		misses, decodes, neighbours, holesRead, bookends, lookups, stale, late, ahead, readErrors atomic.Uint64
+		rmws, rmwRetries                                                                          atomic.Uint64
 	}
 }
 
@@ -243,6 +244,7 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 	if e := d.opts.ExtentBytes; e < block.Size || e > store.ExtentBlocksMax*block.Size || e&(e-1) != 0 {
 		return nil, fmt.Errorf("device: extents of %d bytes: want a power of two from %d to %d", e, block.Size, store.ExtentBlocksMax*block.Size)
 	}
+	d.ahead.start(d)
 	if o.ReadOnly {
 		return d, nil
 	}
@@ -311,6 +313,7 @@ func (d *Device) Close() error {
 	if d.shut() {
 		return ErrClosed
 	}
+	d.ahead.stop()
 	if d.opts.ReadOnly {
 		return errors.Join(d.store.Close(), d.free())
 	}
@@ -333,6 +336,7 @@ func (d *Device) Abort() error {
 	if d.shut() {
 		return ErrClosed
 	}
+	d.ahead.stop()
 	if d.queue != nil {
 		d.flusher.Stop()
 		d.queue.Close()
@@ -536,6 +540,7 @@ type ReadMetrics struct {
 	Holes            uint64 `json:"holes"`      // runs answered as zeros
 	Stale            uint64 `json:"stale"`      // neighbours not filled since the map had changed
 	Late             uint64 `json:"late"`       // blocks read again since a write had come before the lookup
+	Ahead            uint64 `json:"ahead"`      // pieces of up to 128 KiB read before they were asked for, or beside that
 	Errors           uint64 `json:"errors"`
 	ReadModifyWrites uint64 `json:"read_modify_writes"`
 	Retries          uint64 `json:"read_modify_write_retries"`
@@ -571,7 +576,7 @@ func (d *Device) Look() (Status, error) {
 		Reads: ReadMetrics{
 			Misses: m.misses.Load(), Lookups: m.lookups.Load(), Decodes: m.decodes.Load(),
 			Neighbours: m.neighbours.Load(), Bookends: m.bookends.Load(), Holes: m.holesRead.Load(),
-			Stale: m.stale.Load(), Late: m.late.Load(), Errors: m.readErrors.Load(),
+			Stale: m.stale.Load(), Late: m.late.Load(), Ahead: m.ahead.Load(), Errors: m.readErrors.Load(),
 			ReadModifyWrites: m.rmws.Load(), Retries: m.rmwRetries.Load(),
 		},
 	}

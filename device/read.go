@@ -36,12 +36,17 @@ func (p *Payload) Zero(i int) bool {
 
 // Release gives the memory back. It is called once.
 func (p *Payload) Release() {
+	p.drop()
+	p.d.payloads.Put(p)
+}
+
+// drop gives up what was read.
+func (p *Payload) drop() {
 	for _, r := range p.refs {
 		p.d.cache.Unpin(r)
 	}
 	clear(p.segments)
 	p.segments, p.refs = p.segments[:0], p.refs[:0]
-	p.d.payloads.Put(p)
 }
 
 var zeroPage [block.Size]byte
@@ -54,7 +59,9 @@ func (d *Device) Read(ctx context.Context, off uint64, n uint32) (*Payload, erro
 	}
 	p := d.payloads.Get().(*Payload)
 	r := block.Covering(off, uint64(n))
-	if err := p.readBlocks(ctx, r); err != nil {
+	d.ahead.reading.Add(1)
+	defer d.ahead.reading.Add(-1)
+	if err := p.readBlocks(ctx, r, d.ahead.missed(r)); err != nil {
 		d.metrics.readErrors.Add(1)
 		p.Release()
 		return nil, err
@@ -87,6 +94,7 @@ func (d *Device) ReadPromptly(off uint64, n uint32) (*Payload, bool) {
 	}
 	d.requests.Add(1)
 	d.cache.CountPeeks(p.refs, holes)
+	d.ahead.hit(r)
 	p.trim(r, off, uint64(n))
 	return p, true
 }
@@ -109,8 +117,9 @@ func (p *Payload) trim(r block.Range, off, n uint64) {
 	p.segments[0] = p.segments[0][off%block.Size:]
 }
 
-// readBlocks puts the blocks of r into p, a segment each.
-func (p *Payload) readBlocks(ctx context.Context, r block.Range) error {
+// readBlocks puts the blocks of r into p, a segment each. What is behind half is not
+// claimed before the rest has been read.
+func (p *Payload) readBlocks(ctx context.Context, r block.Range, half block.Index) error {
 	rd := &p.reading
 	rd.d, rd.p = p.d, p
 	rd.claims, rd.late = rd.claims[:0], nil // a read that failed may have left some
@@ -118,6 +127,11 @@ func (p *Payload) readBlocks(ctx context.Context, r block.Range) error {
 		p.segments = append(p.segments, nil)
 	}
 	for b := r.Start; b < r.End; b++ {
+		if b == half {
+			if err := rd.resolve(); err != nil {
+				return err
+			}
+		}
 		if err := rd.get(ctx, b, int(b-r.Start)); err != nil {
 			return err
 		}

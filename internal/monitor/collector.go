@@ -230,6 +230,7 @@ var ofStatus = []*family[status]{
 	counter("cnbd_writeback_errors_total", "Pages that could not be written back.", one(func(s *status) uint64 { return s.Cache.WritebackErrors })),
 	counter("cnbd_read_errors_total", "Reads of the store that failed.", one(func(s *status) uint64 { return s.Reads.Errors })),
 	counter("cnbd_read_neighbours_total", "Pages filled beside those that were asked for, from the same extent.", one(func(s *status) uint64 { return s.Reads.Neighbours })),
+	counter("cnbd_read_ahead_total", "Pieces of up to 128 KiB read before they were asked for, since a client reads in order, or beside a large read.", one(func(s *status) uint64 { return s.Reads.Ahead })),
 	counter("cnbd_read_modify_writes_total", "Writes of parts of blocks, for which the block was read first.", one(func(s *status) uint64 { return s.Reads.ReadModifyWrites })),
 }
 
