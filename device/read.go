@@ -117,15 +117,38 @@ func (p *Payload) trim(r block.Range, off, n uint64) {
 	p.segments[0] = p.segments[0][off%block.Size:]
 }
 
-// readBlocks puts the blocks of r into p, a segment each. What is behind half is not
-// claimed before the rest has been read.
-func (p *Payload) readBlocks(ctx context.Context, r block.Range, half block.Index) error {
+// fetch reads the blocks of r that are absent into the cache, for which nobody has asked
+// yet: to the cache they are as neighbours, and what is there counts as read no more often,
+// else a scan that was read ahead would look like blocks that are wanted again and again.
+func (p *Payload) fetch(r block.Range) error {
+	rd := p.begin(r)
+	rd.ahead = true
+	defer func() { rd.ahead = false }()
+	for b := r.Start; b < r.End; b++ {
+		if cl, ok := p.d.cache.TryClaim(b); ok {
+			rd.claims = append(rd.claims, claim{cl, int(b - r.Start)})
+		}
+	}
+	err := rd.resolve()
+	rd.late = nil // they are in the cache
+	return err
+}
+
+// begin begins to read the blocks of r, a segment each.
+func (p *Payload) begin(r block.Range) *reading {
 	rd := &p.reading
 	rd.d, rd.p = p.d, p
 	rd.claims, rd.late = rd.claims[:0], nil // a read that failed may have left some
 	for range r.Len() {
 		p.segments = append(p.segments, nil)
 	}
+	return rd
+}
+
+// readBlocks puts the blocks of r into p, a segment each. What is behind half is not
+// claimed before the rest has been read.
+func (p *Payload) readBlocks(ctx context.Context, r block.Range, half block.Index) error {
+	rd := p.begin(r)
 	for b := r.Start; b < r.End; b++ {
 		if b == half {
 			if err := rd.resolve(); err != nil {
@@ -156,6 +179,7 @@ type reading struct {
 	d      *Device
 	p      *Payload
 	claims []claim
+	ahead  bool // nobody has asked for the blocks yet
 	// late are blocks whose claims a write has overtaken before they were looked
 	// up: they are in the cache, and what the map says of them may not be in the
 	// file yet.
@@ -354,6 +378,10 @@ func (rd *reading) fillBlob(e extents.Extent, ext []extents.Extent) error {
 	}
 	for _, c := range rd.mine {
 		data := pageOf(blob, e, c.Block())
+		if rd.ahead {
+			d.cache.Fill(c.Claim, data)
+			continue
+		}
 		if ref, ok := d.cache.FillPinned(c.Claim, data); ok {
 			p.refs = append(p.refs, ref)
 			p.segments[c.segment] = d.cache.Bytes(ref)

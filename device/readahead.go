@@ -1,7 +1,6 @@
 package device
 
 import (
-	"context"
 	"sync"
 	"sync/atomic"
 
@@ -97,7 +96,7 @@ func (a *readahead) run() {
 		for r := f.r; !r.Empty(); r.Start += f.step {
 			a.d.metrics.ahead.Add(1)
 			// Who asks for it is told what is wrong.
-			_ = p.readBlocks(context.Background(), block.Span(r.Start, aheadPiece).Intersect(r), 0)
+			_ = p.fetch(block.Span(r.Start, aheadPiece).Intersect(r))
 			p.drop()
 		}
 		a.busy.Done()

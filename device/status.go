@@ -162,7 +162,7 @@ func (w *walk) flush() {
 }
 
 // Prefetch reads the n bytes at off into the cache, as far as they fit into half
-// of it. It blocks until they are there.
+// of it, but for what others are reading. It blocks until they are there.
 func (d *Device) Prefetch(ctx context.Context, off, n uint64) error {
 	if err := d.admit(off, n); err != nil {
 		return err
@@ -175,11 +175,13 @@ func (d *Device) Prefetch(ctx context.Context, off, n uint64) error {
 	defer func() { <-d.prefetches }()
 	for end := off + min(n, uint64(d.opts.CacheBytes)/2); off < end; {
 		step := min(end-off, prefetchBytes)
-		p, err := d.Read(ctx, off, uint32(step))
+		p := d.payloads.Get().(*Payload)
+		err := p.fetch(block.Covering(off, step))
+		p.Release()
 		if err != nil {
+			d.metrics.readErrors.Add(1)
 			return err
 		}
-		p.Release()
 		if err := ctx.Err(); err != nil {
 			return context.Cause(ctx)
 		}
