@@ -19,6 +19,15 @@ const (
 	// tens of goroutines at work two of them rarely want the same one.
 	shardCount = 64
 
+	// shardBlocksMin is how many blocks of a cache there are for each shard, else it
+	// has fewer: the small queue of a shard is to have some extents in it.
+	shardBlocksMin = 512
+
+	// groupShift says how many blocks in a row are in one shard, 16: as many as are
+	// decoded together by default, so that they are also evicted together. Half an
+	// extent in the cache saves no decoding to who reads all of it.
+	groupShift = 4
+
 	defaultCacheBytes   = 256 << 20
 	defaultPayloadBytes = 64 << 20
 
@@ -162,10 +171,10 @@ type Cache struct {
 	bucketMask    uint64
 
 	index  *buffer.Table[bucket]
-	shards [shardCount]shard
+	shards []shard // a power of two of them
 	holes  holeMap
 
-	// hand counts the visits of evict to shards.
+	// hand says where evict is: its upper bits are the shard.
 	hand atomic.Uint64
 
 	// budget has the number of cached frames in its low and of payload frames
@@ -243,9 +252,10 @@ func New(o Options) (*Cache, error) {
 		return nil, fmt.Errorf("pagecache: %w", err)
 	}
 	// One bucket for each frame that can be cached, or up to twice as many.
-	perShard := uint64(1) << bits.Len64(uint64(c.cacheMax-1)/shardCount)
+	c.shards = make([]shard, 1<<min(bits.Len64(uint64(c.cacheMax)/shardBlocksMin/2), bits.Len64(shardCount)-1))
+	perShard := uint64(1) << bits.Len64(uint64(c.cacheMax-1)/uint64(len(c.shards)))
 	c.bucketMask = perShard - 1
-	if c.index, err = buffer.NewTable[bucket](int(perShard * shardCount)); err != nil {
+	if c.index, err = buffer.NewTable[bucket](int(perShard) * len(c.shards)); err != nil {
 		return nil, errors.Join(fmt.Errorf("pagecache: %w", err), c.arena.Close())
 	}
 	buckets := c.index.Values()
@@ -292,11 +302,14 @@ func (c *Cache) Bytes(r Ref) []byte { return c.arena.Bytes(r) }
 // home is where b is in the index: its shard, and in it the number of its bucket.
 func (c *Cache) home(b block.Index) (*shard, uint64) {
 	h := c.hash(b)
-	return &c.shards[h%shardCount], h / shardCount & c.bucketMask
+	// The blocks of a group have buckets side by side, in an order of its own: where
+	// many groups have one block here, these have all buckets.
+	return &c.shards[h%uint64(len(c.shards))], (h/shardCount ^ uint64(b)%(1<<groupShift)) & c.bucketMask
 }
 
+// hash is the hash of b's group.
 func (c *Cache) hash(b block.Index) uint64 {
-	hi, lo := bits.Mul64(uint64(b)^c.hashSeed[0], c.hashSeed[1])
+	hi, lo := bits.Mul64(uint64(b)>>groupShift^c.hashSeed[0], c.hashSeed[1])
 	return hi ^ lo
 }
 

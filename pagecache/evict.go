@@ -31,6 +31,12 @@ import (
 //   - Only clean versions are in the queues, so that what is dirty costs the evictor
 //     nothing. They enter when their writeback ends.
 //
+//   - What is read together goes together, for half an extent saves nothing to who
+//     reads all of it. The blocks of a group, which is an extent mostly, are in one
+//     shard, and the evictor takes as many versions from a shard as a group has before
+//     it goes on to the next. The ghosts of a group lie side by side, where those of
+//     another one replace them all.
+//
 // The queues are in shards like the index, under the same mutexes, and linked
 // through the headers. From which of the two queues comes the next one to go is
 // decided by their lengths in all shards together: in one shard alone the small
@@ -90,7 +96,7 @@ func (c *Cache) enter(sh *shard, bucket uint64, h *header, rank uint32) {
 }
 
 // ghostOf is the trace of a block: bits of its hash that do not choose the bucket,
-// and never 0. Two blocks have the same one seldom enough.
+// and never 0. Two blocks have the same one in the same bucket seldom enough.
 func (c *Cache) ghostOf(h *header) uint32 { return uint32(c.hash(block.Index(h.block.Load()))>>32) | 1 }
 
 // queueOf is the queue for versions of this rank. REQUIRES: sh.mu held.
@@ -201,17 +207,17 @@ func (c *Cache) victim(sh *shard, either bool, limit int) (r Ref, looked int, pi
 // in about steps steps, and returns its frame, which is still charged to the budget.
 // It must not be called with a shard's mutex held.
 func (c *Cache) evict(steps int) (Ref, bool) {
-	at, pinned := uint64(0), 0
+	at, pinned, shards := uint64(0), 0, len(c.shards)
 	for visit := 0; steps > 0 && c.clean.Load() > 0; visit++ {
-		// First what others have not visited just now, then all in turn: when they
-		// have nothing but pinned versions, there is nothing to be had.
-		either := visit >= shardCount
+		// First where the hand is, for as many versions as a group has; then all in
+		// turn: when they have nothing but pinned versions, there is nothing to be had.
+		either := visit >= shards
 		if either {
 			at++
 		} else {
-			at = c.hand.Add(1)
+			at = c.hand.Load() >> groupShift
 		}
-		sh := &c.shards[at%shardCount]
+		sh := &c.shards[at%uint64(shards)]
 		sh.mu.Lock()
 		r, looked, allPinned := c.victim(sh, either, min(steps, visitSteps))
 		if r != 0 {
@@ -225,13 +231,15 @@ func (c *Cache) evict(steps int) (Ref, bool) {
 			h.refs.Store(0)
 			sh.events[evictions]++
 			sh.mu.Unlock()
+			c.hand.Add(1)
 			return r, true
 		}
 		sh.mu.Unlock()
+		c.hand.Add(1 << groupShift)
 		steps -= 1 + looked
 		if !either || !allPinned {
 			pinned = 0
-		} else if pinned++; pinned == shardCount {
+		} else if pinned++; pinned == shards {
 			break
 		}
 	}
@@ -240,7 +248,7 @@ func (c *Cache) evict(steps int) (Ref, bool) {
 
 // evictAll are steps enough to find what can be evicted, if all of it is in one
 // shard, and was read as often as counts.
-func (c *Cache) evictAll() int { return 16 * (int(c.clean.Load()) + shardCount) }
+func (c *Cache) evictAll() int { return 16 * (int(c.clean.Load()) + len(c.shards)) }
 
 // trim brings the cache nearer to its limit, if it is above, by at most two
 // versions: callers that each add one make it shrink.

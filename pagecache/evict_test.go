@@ -49,8 +49,9 @@ func queuesOf(t testing.TB, c *Cache, sh *shard) (queues [2][]place) {
 }
 
 // checkQueues checks the queues of all shards; nobody else uses the cache.
-func checkQueues(t testing.TB, c *Cache) (queues [shardCount][2][]place) {
+func checkQueues(t testing.TB, c *Cache) (queues [][2][]place) {
 	t.Helper()
+	queues = make([][2][]place, len(c.shards))
 	var small, all int
 	for i := range c.shards {
 		sh := &c.shards[i]
@@ -398,5 +399,38 @@ func TestEvictorDoesNotSpin(t *testing.T) {
 	}
 	if _, cl, _ := c.Get(1 << 30); !c.Fill(cl, zeros) {
 		t.Error("no frame was had although some are clean")
+	}
+}
+
+// The blocks of an extent that are read together stay together: a part of an extent
+// saves nothing to who reads all of it.
+func TestExtentsStayWhole(t *testing.T) {
+	const frames, extent = 8192, 16
+	c := newCache(t, Options{CacheBytes: blocks(frames), PayloadBytes: blocks(64)})
+	defer closeCache(t, c)
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
+	const extents = 2 * frames / extent
+	for range 8 * extents {
+		readThrough(t, c, block.Index(rng.IntN(extents)*extent), extent, extent)
+	}
+	whole, parts := 0, 0
+	for e := range extents {
+		here := 0
+		for b := range block.Index(extent) {
+			if r, st := c.Peek(block.Index(e*extent) + b); st == Hit {
+				c.Unpin(r)
+				here++
+			}
+		}
+		switch {
+		case here == extent:
+			whole++
+		case here > 0:
+			parts++
+		}
+	}
+	t.Logf("%d extents are here, %d in part", whole, parts)
+	if whole < extents*4/10 {
+		t.Errorf("of %d extents %d are here and %d in part", extents, whole, parts)
 	}
 }

@@ -23,7 +23,7 @@ func (c *Cache) Unstored(r block.Range, max int, dst []block.Index) (blocks []bl
 	}
 	const pending = dirty | writeback | failed
 	from := len(dst)
-	if uint64(r.Len()) <= (c.bucketMask+1)*shardCount/8 { // a look-up costs about 8 steps of the scan below
+	if uint64(r.Len()) <= uint64(len(c.index.Values()))/8 { // a look-up costs about 8 steps of the scan below
 		for b := r.Start; b < r.End; b++ {
 			if len(dst)-from == max {
 				return dst, b

@@ -140,7 +140,7 @@ func (g *rig) run(rng *rand.Rand) {
 				g.c.release(r)
 				g.c.payloadGate.serve()
 			}
-			sh := &g.c.shards[rng.IntN(shardCount)]
+			sh := &g.c.shards[rng.IntN(len(g.c.shards))]
 			sh.mu.Lock()
 			queuesOf(g.t, g.c, sh)
 			sh.mu.Unlock()
