@@ -47,14 +47,14 @@ const scatteredBytes = 16 << 10
 // of the time of zstd and leaves a third more, until recompression finds them.
 // Scattered pieces are when a flush waits for them, or more is written than goes out;
 // whole extents when clients are about to be held up, so that of a stream as many of them
-// are as its speed asks for, and no more. Space that runs short is worth more than time,
-// and so is all space where no recompression will come.
+// are as its speed asks for, and no more, and where recompression will come. Space that runs
+// short is worth more than time.
 func (d *Device) hurry(n int) bool {
-	if d.opts.NoRecompress {
-		return false
-	}
 	flushed, behind := d.flusher.Awaited(), d.cache.Backlogged()
 	if n > scatteredBytes {
+		if d.opts.NoRecompress {
+			return false
+		}
 		flushed, behind = flushed && behind, d.cache.Throttles()
 	}
 	return (flushed || behind) && !d.store.Scarce()

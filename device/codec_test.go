@@ -26,7 +26,7 @@ func TestHurry(t *testing.T) {
 		{"half way to the limit", 640, 64 << 20, false, true, false},
 		{"clients will wait", 641, 64 << 20, false, true, true},
 		{"space is scarce", 641, 12 << 20, false, false, false},
-		{"it would stay so", 641, 64 << 20, true, false, false},
+		{"it would stay so", 641, 64 << 20, true, true, false},
 	} {
 		f := disktest.New(1, disktest.Options{})
 		format(t, f, store.Geometry{DeviceSize: 8 << 20, Capacity: max(tc.capacity, store.MinCapacity(store.SegmentSizeMin)), SegmentSize: store.SegmentSizeMin, ExtentBlocks: 16})
