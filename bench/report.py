@@ -3,7 +3,7 @@
 import statistics
 
 from machine import GIB, MIB
-from servers import AGAIN, AUTO, BASE, FASTEST, LOOP, ZSTD1, ZSTD3
+from servers import AGAIN, AUTO, BASE, FASTEST, LOOP, OFFERED, ZSTD1, ZSTD3
 
 
 class Results:
@@ -99,8 +99,8 @@ def above_floor(r, n):
 
 def overhead(r):
     """What promise P6 allows with the defaults: cache, payloads, map, and the overhead
-    of 64 MiB and 12 for each worker, of which there are two more than processors."""
-    return (256 + 64 + 32 + 64 + 12 * min(8, r.machine["processors"] + 2)) * MIB
+    of 64 MiB and 12 for each worker, of which there are as many as processors."""
+    return (256 + 64 + 32 + 64 + 12 * min(8, r.machine["processors"])) * MIB
 
 
 def peak(r, n):
@@ -219,6 +219,18 @@ def stored(r):
     return markdown(["server"] + [s[0] for s in states], rows)
 
 
+def curve(r):
+    """What is offered to cnbd in a stream, and what becomes of it."""
+    rows = []
+    for s in r.servers():
+        for rate in OFFERED:
+            name = f"write at {rate}"
+            speeds = r.each(lambda n: r.get(n, s, name, "MiB/s"))
+            if speeds:
+                rows.append([s, str(rate or "all it takes"), spread(speeds, "%.0f"), medians(r, lambda n: ratio(r, n, s, "stored, " + name, name), "%.2f"), medians(r, lambda n: r.get(n, s, name, "server cpu s/GiB"), "%.2f")])
+    return rows
+
+
 def floors(r):
     rows = []
     for name in r.rounds[0]["floors"]:
@@ -278,6 +290,8 @@ def tables(runs):
         if used:
             out += [f"\n### {title}\n", markdown(["server"] + [columns[i - 1][0] for i in used], [[row[0]] + [row[i] for i in used] for row in rows])]
     out += ["\n### Processor time, memory, start, stop\n", costs(r), "\n### Data : stored\n", stored(r)]
+    if curve(r):
+        out += ["\n### A stream at several speeds\n", markdown(["server", "offered MiB/s", "written MiB/s, with its FLUSH", "data : stored at once", "CPU s/GiB"], curve(r))]
     out += ["\n### Floors of this machine\n", floors(r)]
     if distance(r):
         out += ["\n### Beside the least that a server in Go can be\n", markdown(["workload", f"{AUTO} / {LOOP}", f"{BASE} / {LOOP}"], distance(r))]

@@ -14,6 +14,9 @@ from machine import MIB, Failed, MemoryGroup, allocated, kernel_cpu, kernel_sinc
 # The record header of a store, which stands before each stored extent: docs/format.md.
 RECORD_HEADER = 56
 
+# MiB a second that a client writes in "curve"; None: as fast as it can.
+OFFERED = (50, 100, 200, 400, None)
+
 NBDKIT = ["nbdkit", "--foreground", "--unix", "{socket}", "file", "{file}"]
 QEMU = ["qemu-nbd", "--persistent", "--shared=16", "--socket={socket}"]
 

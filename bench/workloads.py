@@ -17,7 +17,7 @@ import nbd  # of Debian's python3-libnbd
 
 from datasets import BLOCK
 from machine import GIB, MIB, Failed, drop_caches, run, warm
-from servers import Meter, memory_server
+from servers import OFFERED, Meter, memory_server
 
 GROUPS = {
     "sequential": "1 MiB sequential write at depth 8 with FLUSH, read cold and warm; start, stop, stored bytes, processor time, peak memory",
@@ -29,7 +29,9 @@ GROUPS = {
     "copy": "nbdcopy in and out, as it comes",
     "storm": "stored bytes after idle time, after a storm of 4 KiB overwrites, and after idle time again",
     "data": "sequential write of the other sets of data",
+    "curve": "cnbd alone: sequential write at several speeds, and what it takes",
 }
+
 
 ERRORS = (Failed, nbd.Error, OSError, subprocess.TimeoutExpired)
 
@@ -146,6 +148,29 @@ def storm(uri, dataset, options):
     return len(written)
 
 
+def paced_copy(running, dataset, rate):
+    """Writes all of dataset in pieces of 1 MiB, 8 in flight, rate of them a second or as
+    fast as it can, and a FLUSH."""
+    h = connected(running.uri)
+    with Meter(running) as m, open(dataset.path, "rb") as f:
+        began = time.monotonic()
+        for n in range(dataset.size // MIB):
+            while (late := time.monotonic() - began - n / rate if rate else 0) < 0:
+                if h.aio_in_flight():
+                    h.poll(max(1, int(-late * 1000)))
+                else:
+                    time.sleep(-late)
+            while h.aio_in_flight() >= 8:
+                h.poll(-1)
+            h.aio_pwrite(nbd.Buffer.from_bytearray(bytearray(f.read(MIB))), n * MIB, completion=lambda error: 1)
+        while h.aio_in_flight():
+            h.poll(-1)
+        h.flush()
+    h.shutdown()
+    size = dataset.size
+    return {"MiB/s": size / MIB / m.seconds, "server cpu s/GiB": m.server * GIB / size, "data": dataset.data}
+
+
 def timed_copy(running, size, *argv):
     """nbdcopy of size bytes."""
     with Meter(running) as m:
@@ -239,6 +264,13 @@ class Life:
             if self.wants("storm"):
                 with self.started("storm", writes=True) as s:
                     self.storms(s, root)
+        if self.wants("curve") and self.server.idles:
+            for rate in OFFERED:
+                self.fresh(root)
+                with self.started(f"offered {rate}", writes=True) as s:
+                    warm(root.path)
+                    self.measure(f"write at {rate}", lambda r=rate: paced_copy(s, root, r))
+                    self.measure(f"stored, write at {rate}", self.server.stored)
         if self.wants("data"):
             for name, data in self.sets.items():
                 if name != "root":
