@@ -18,10 +18,13 @@ const (
 	// lengths of the read: those of a client with several in flight come out of order.
 	streamSlack = 8
 
-	// The window that is read ahead begins with aheadLeast and doubles up to aheadMost, or a
-	// sixteenth of the cache.
+	// The window that is read ahead begins with aheadLeast and doubles up to aheadMost, or
+	// a part of the cache, aheadShare: two of them, and what was just read, are to fit into
+	// the small queue of the cache, which is a tenth of what is clean, or what was read ahead
+	// goes before it is asked for.
 	aheadLeast = 256 << 10 / block.Size
 	aheadMost  = 2 << 20 / block.Size
+	aheadShare = 64
 	// aheadPiece is what one goroutine reads of it at a time: two extents, or so.
 	aheadPiece = store.ExtentBlocksMax
 )
@@ -70,7 +73,7 @@ type stream struct {
 
 func (a *readahead) start(d *Device) {
 	a.d = d
-	a.most = min(aheadMost, block.Count(d.opts.CacheBytes/16/block.Size))
+	a.most = min(aheadMost, block.Count(d.opts.CacheBytes/aheadShare/block.Size))
 	a.procs = int64(min(d.opts.Workers, 4))
 	a.work = make(chan fetch, a.procs)
 	for range a.procs {
@@ -110,7 +113,7 @@ func (a *readahead) missed(r block.Range) (half block.Index) {
 		return 0 // all this is to be faster
 	}
 	defer a.mu.Unlock()
-	if r.Len() > 2*aheadPiece {
+	if r.Len() > 2*aheadPiece && r.Len() <= 2*a.most {
 		half = (r.Start + block.Index(r.Len()/2)) &^ (store.ExtentBlocksMax - 1)
 		if !a.launch(block.Range{Start: half, End: r.End}, 1) {
 			half = 0

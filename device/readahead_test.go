@@ -162,6 +162,43 @@ func TestLargeReadIsSplit(t *testing.T) {
 	}
 }
 
+// In a cache full of what is read often, what is read ahead has little room: it is no more
+// than stays until it is asked for, so that nothing is decoded again.
+func TestReadAheadBesideHotBlocks(t *testing.T) {
+	const cache = 8 << 20
+	d := newBenchDevice(t, Options{CacheBytes: cache, PayloadBytes: 4 << 20, Workers: 2})
+	read := func(off, n int) {
+		t.Helper()
+		p, hit := d.ReadPromptly(uint64(off), uint32(n))
+		if !hit {
+			var err error
+			if p, err = d.Read(t.Context(), uint64(off), uint32(n)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.Release()
+		d.ahead.busy.Wait()
+	}
+	for _, n := range []int{16 << 10, 64 << 10, 1 << 20, 4 << 20} {
+		for range 3 {
+			for off := 0; off < cache; off += 64 << 10 {
+				read(off, 64<<10)
+			}
+		}
+		const from, to = cache, benchBlocks * block.Size
+		before := d.metrics.decodes.Load()
+		for off := from; off < to; off += n {
+			read(off, n)
+		}
+		const extents = (to - from) / (64 << 10)
+		decodes := d.metrics.decodes.Load() - before
+		t.Logf("reads of %d: %d extents of %d were decoded", n, decodes, extents)
+		if decodes > extents*5/4 {
+			t.Errorf("reads of %d: %d extents were decoded to read %d", n, decodes, extents)
+		}
+	}
+}
+
 // A cache that is smaller than what is read ahead, beside overwriting: what is read is
 // right, and closing waits for what is read ahead (or its memory is gone: SIGSEGV).
 func TestReadAheadInSmallCache(t *testing.T) {

@@ -162,7 +162,9 @@ func (w *walk) flush() {
 }
 
 // Prefetch reads the n bytes at off into the cache, as far as they fit into half
-// of it, but for what others are reading. It blocks until they are there.
+// of it, but for what others are reading. It blocks until that is done. In a cache that
+// is full of what is read often they have a tenth of it, where the last ones replace the
+// first.
 func (d *Device) Prefetch(ctx context.Context, off, n uint64) error {
 	if err := d.admit(off, n); err != nil {
 		return err

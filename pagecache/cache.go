@@ -307,10 +307,11 @@ func (c *Cache) home(b block.Index) (*shard, uint64) {
 	return &c.shards[h%uint64(len(c.shards))], (h/shardCount ^ uint64(b)%(1<<groupShift)) & c.bucketMask
 }
 
-// hash is the hash of b's group.
+// hash is the hash of b's group. Groups in a row are to be in different shards, whatever the
+// seed: without the second multiplication half of 64 are in one, for one seed of a thousand.
 func (c *Cache) hash(b block.Index) uint64 {
 	hi, lo := bits.Mul64(uint64(b)>>groupShift^c.hashSeed[0], c.hashSeed[1])
-	return hi ^ lo
+	return bits.RotateLeft64((hi^lo)*c.hashSeed[1], 32)
 }
 
 // find is the visible version of b, or 0. REQUIRES: sh.mu held.

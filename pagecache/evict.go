@@ -154,12 +154,23 @@ func (c *Cache) pull(sh *shard, r Ref) {
 
 // victim is the next version of sh to go, with 0 if it finds none. It looks at the
 // queue from which the next one should come, or at either if the other has none,
-// and in all at no more than limit versions. It returns at how many it has looked,
-// and whether all that are in sh are pinned. REQUIRES: sh.mu held.
-func (c *Cache) victim(sh *shard, either bool, limit int) (r Ref, looked int, pinned bool) {
+// and in all at no more than limit versions. With fair it takes none from a shard whose
+// part of that queue is shorter than that of the mean shard. It returns at how many it has
+// looked, and whether all that are in sh are pinned. REQUIRES: sh.mu held.
+func (c *Cache) victim(sh *shard, fair, either bool, limit int) (r Ref, looked int, pinned bool) {
 	small, main, free := sh.small.n, sh.main.n, false // small and main are still to be looked at
 	for looked < limit {
-		fromSmall := c.small.Load()*smallShare > c.clean.Load()
+		allSmall, clean := c.small.Load(), c.clean.Load()
+		fromSmall := allSmall*smallShare > clean
+		if fair && looked == 0 {
+			n, all := main, clean-allSmall
+			if fromSmall {
+				n, all = small, allSmall
+			}
+			if int64(n)*int64(len(c.shards)) < all {
+				return 0, looked, false
+			}
+		}
 		if either {
 			fromSmall = fromSmall && small > 0 || main == 0
 		}
@@ -209,17 +220,20 @@ func (c *Cache) victim(sh *shard, either bool, limit int) (r Ref, looked int, pi
 func (c *Cache) evict(steps int) (Ref, bool) {
 	at, pinned, shards := uint64(0), 0, len(c.shards)
 	for visit := 0; steps > 0 && c.clean.Load() > 0; visit++ {
-		// First where the hand is, for as many versions as a group has; then all in
-		// turn: when they have nothing but pinned versions, there is nothing to be had.
-		either := visit >= shards
+		// First where the hand is, for as many versions as a group has, and where a queue
+		// is long: of shards that all give as much, while chance says what they get, some would
+		// soon have next to nothing, and give what has just come. Then all in turn: when
+		// they have nothing but pinned versions, there is nothing to be had.
+		either, fair := visit >= shards, false
 		if either {
 			at++
 		} else {
-			at = c.hand.Load() >> groupShift
+			hand := c.hand.Load()
+			at, fair = hand>>groupShift, hand%(1<<groupShift) == 0
 		}
 		sh := &c.shards[at%uint64(shards)]
 		sh.mu.Lock()
-		r, looked, allPinned := c.victim(sh, either, min(steps, visitSteps))
+		r, looked, allPinned := c.victim(sh, fair, either, min(steps, visitSteps))
 		if r != 0 {
 			h := c.arena.Header(r)
 			_, bucket := c.home(block.Index(h.block.Load()))

@@ -264,6 +264,50 @@ func TestScanLeavesHotSet(t *testing.T) {
 	}
 }
 
+// Beside a hot set what is read ahead is there still when it is asked for, if it is no more
+// than a third of the small queue: the shards give in turn what is oldest in all of them.
+func TestReadAheadStays(t *testing.T) {
+	const frames, group = 16 << 20 / block.Size, 1 << groupShift
+	const ahead = frames / 32
+	gone, all := 0, 0
+	for range 8 { // each cache has a hash of its own
+		c := newCache(t, Options{CacheBytes: blocks(frames), PayloadBytes: blocks(64)})
+		for range 3 {
+			for b := block.Index(0); b < frames; b += group {
+				readThrough(t, c, b, group, group)
+			}
+		}
+		const from = 4 * frames
+		for b := block.Index(from); b < from+frames+ahead; b += group {
+			for i := b; i < b+group; i++ {
+				if cl, ok := c.TryClaim(i); ok {
+					c.Fill(cl, zeros)
+				}
+			}
+			if b < from+ahead {
+				continue
+			}
+			all++
+			there := 0
+			for i := b - ahead; i < b-ahead+group; i++ {
+				if r, st := c.Peek(i); st == Hit {
+					c.CountPeeks([]Ref{r}, 0)
+					c.Unpin(r)
+					there++
+				}
+			}
+			if there < group {
+				gone++
+			}
+		}
+		closeCache(t, c)
+	}
+	t.Logf("%d of %d extents were gone, in part, before they were read", gone, all)
+	if gone > all/12 {
+		t.Errorf("%d of %d extents were gone, in part, before they were read", gone, all)
+	}
+}
+
 // readThrough reads n blocks from b as the device does: all at once if they are
 // here, else with what is decoded beside each that is not.
 func readThrough(t testing.TB, c *Cache, b block.Index, n, extent block.Count) block.Count {
