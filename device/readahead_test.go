@@ -1,7 +1,9 @@
 package device
 
 import (
+	"bytes"
 	"math/rand/v2"
+	"sync"
 	"testing"
 	"time"
 
@@ -160,6 +162,52 @@ func TestLargeReadIsSplit(t *testing.T) {
 	if n, all := d.metrics.decodes.Load(), uint64(2<<20/(64<<10)+1); n != all {
 		t.Errorf("%d extents were decoded, want each once: %d", n, all)
 	}
+}
+
+// A device that shrinks is in use by nobody, also not by what is read ahead of requests that
+// have ended.
+func TestShrinkWaitsForReadAhead(t *testing.T) {
+	f := disktest.New(1, disktest.Options{})
+	format(t, f, testGeometry(4<<20, compression.Zstd))
+	o := Options{CacheBytes: 64 << 20, Workers: 2, CleanPeriod: time.Hour}
+	d := open(t, f, o)
+	if _, err := d.WriteAt(bytes.Repeat([]byte("some data"), 1<<20/9), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Clone()
+	d = open(t, f, o)
+	defer d.Close()
+	shrunk, reads := make(chan error, 1), make(chan struct{}, 1)
+	var once sync.Once
+	f.SetHook(func(op disktest.Op) {
+		if op.Kind == disktest.Read {
+			once.Do(func() {
+				reads <- struct{}{}
+				select {
+				case err := <-shrunk:
+					t.Error("the device has shrunk while it was read ahead")
+					shrunk <- err
+				case <-time.After(100 * time.Millisecond):
+				}
+			})
+		}
+	})
+	d.ahead.mu.Lock()
+	launched := d.ahead.launch(block.Span(0, aheadPiece), 1)
+	d.ahead.mu.Unlock()
+	if !launched {
+		t.Fatal("nothing is read ahead")
+	}
+	<-reads
+	_, err := d.Resize(t.Context(), ResizeOptions{Bytes: 2 << 20, CapacityBytes: d.Geometry().Capacity})
+	shrunk <- err
+	if err != nil {
+		t.Error(err)
+	}
+	d.ahead.busy.Wait()
 }
 
 // In a cache full of what is read often, what is read ahead has little room: it is no more

@@ -40,6 +40,9 @@ func (d *Device) Resize(ctx context.Context, o ResizeOptions) (dropped uint64, e
 	}
 	d.resize.Lock()
 	defer d.resize.Unlock()
+	if o.Bytes < d.Bytes() || o.CapacityBytes < d.Geometry().Capacity {
+		d.ahead.busy.Wait() // what was read ahead of requests that have ended
+	}
 	if err := d.store.CanResize(o.Bytes, o.CapacityBytes); err != nil {
 		if errors.Is(err, store.ErrInUse) || errors.Is(err, store.ErrNoSpace) {
 			return 0, fmt.Errorf("device: %w: %w", syscall.ENOSPC, err)
