@@ -68,8 +68,11 @@ const (
 	// Install calls it.
 	trimSteps = 64
 
-	// visitSteps bounds what the evictor looks at with the mutex of a shard held.
+	// visitSteps bounds what the evictor looks at with the mutex of a shard held, and
+	// lastSteps when it has been in all of them in vain: enough to see that all of a shard is
+	// pinned, in a cache so small that its readers can pin all of it.
 	visitSteps = 128
+	lastSteps  = 2048
 )
 
 // A queue is a FIFO of clean versions, linked through their headers.
@@ -224,16 +227,17 @@ func (c *Cache) evict(steps int) (Ref, bool) {
 		// is long: of shards that all give as much, while chance says what they get, some would
 		// soon have next to nothing, and give what has just come. Then all in turn: when
 		// they have nothing but pinned versions, there is nothing to be had.
-		either, fair := visit >= shards, false
+		either, fair, most := visit >= shards, false, visitSteps
 		if either {
 			at++
+			most = lastSteps
 		} else {
 			hand := c.hand.Load()
 			at, fair = hand>>groupShift, hand%(1<<groupShift) == 0
 		}
 		sh := &c.shards[at%uint64(shards)]
 		sh.mu.Lock()
-		r, looked, allPinned := c.victim(sh, fair, either, min(steps, visitSteps))
+		r, looked, allPinned := c.victim(sh, fair, either, min(steps, most))
 		if r != 0 {
 			h := c.arena.Header(r)
 			_, bucket := c.home(block.Index(h.block.Load()))
