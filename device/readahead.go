@@ -136,7 +136,8 @@ func (a *readahead) find(r block.Range) (*stream, int) {
 	gap := max(slack, store.ExtentBlocksMax) // the rest of an extent came with the last one
 	for i := range a.streams {
 		s := &a.streams[i]
-		if s.seen > 0 && r.Start <= s.next+gap && r.Start+slack >= s.next && r.End > s.next {
+		// What was read ahead of it has moved it on unseen.
+		if s.seen > 0 && r.Start <= max(s.next, s.ahead)+gap && r.Start+slack >= s.next && r.End > s.next {
 			s.seen++
 			s.next, s.last = r.End, a.reads
 			return s, i

@@ -99,6 +99,32 @@ func TestReadAheadOfSeveral(t *testing.T) {
 	}
 }
 
+// A stream whose next window is refused, since others keep the processors busy, goes on
+// with the miss at the end of the last one.
+func TestReadAheadGoesOn(t *testing.T) {
+	const size, n = 8 << 20, 20 << 10
+	d, data := cold(t, size, 64<<20)
+	refused, missed := false, 0
+	for off := 0; off < size; off += n {
+		r := block.Covering(uint64(off), uint64(min(n, size-off)))
+		busy := int64(0)
+		for i := range d.ahead.marks {
+			if m := d.ahead.marks[i].Load(); off > size/4 && !refused && m != 0 && r.Contains(block.Index(m-1)) {
+				refused, busy = true, d.ahead.procs+1
+			}
+		}
+		d.ahead.reading.Add(busy)
+		if !sameAt(t, d, data, off, min(n, size-off)) && refused {
+			missed++
+		}
+		d.ahead.reading.Add(-busy)
+		d.ahead.busy.Wait()
+	}
+	if !refused || missed != 1 {
+		t.Errorf("refused: %v, then %d reads missed, want 1", refused, missed)
+	}
+}
+
 // What is read in no order is not followed by anything, nor is anything read ahead
 // while all processors have misses, or by who reads a file that lies in order for the
 // length of two reads.
