@@ -2,6 +2,7 @@ package config
 
 import (
 	"errors"
+	"fmt"
 	"maps"
 	"os"
 	"path/filepath"
@@ -360,6 +361,92 @@ exports:
 	})
 }
 
+// TestEveryKey has a row for each key: its default, and a value that is refused.
+func TestEveryKey(t *testing.T) {
+	rows := map[string]struct {
+		value string // the default, as it stands in a file
+		bad   string // as it stands there
+		fault string // a part of it
+		more  string // keys that it takes for bad to be wrong, in front
+	}{
+		"exports":             {value: "[]", bad: "[]", fault: "none: name a BACKING"},
+		"listen":              {value: "[]", bad: "[localhost]", fault: `"localhost" is not an address`},
+		"socket-mode":         {value: "0600", bad: "0444", fault: "0444 is out of range: give 0600 to 0777"},
+		"socket-owner":        {value: `""`, bad: "a:b", fault: `"a:b" is not a name or a number`},
+		"socket-group":        {value: `""`, bad: "a b", fault: `"a b" is not a name or a number`},
+		"exit-with-parent":    {value: "false", bad: "never", fault: "never is neither true nor false"},
+		"allow-plaintext":     {value: "false", bad: "2", fault: "2 is neither true nor false"},
+		"tls":                 {value: "off", bad: "maybe", fault: "maybe is not allowed: give one of off, on, require"},
+		"tls-certificates":    {value: `""`, bad: `""`, fault: "needed with tls on", more: "tls: on"},
+		"tls-verify-peer":     {value: "true", bad: "perhaps", fault: "perhaps is neither true nor false"},
+		"default-export":      {value: `""`, bad: "x", fault: `"x" is the name of no export`},
+		"list-exports":        {value: "true", bad: "maybe", fault: "maybe is neither true nor false"},
+		"cache":               {value: "256MiB", bad: "1MiB", fault: "1MiB is out of range: give 16MiB to"},
+		"dirty-max":           {value: "0", bad: "200MiB", fault: "200MiB is out of range: give 4MiB to 192MiB"},
+		"background":          {value: "0", bad: "97MiB", fault: "97MiB is out of range: give 0 to 96MiB"},
+		"payload":             {value: "64MiB", bad: "32MiB", fault: "32MiB is out of range: give 64MiB to"},
+		"map-cache":           {value: "32MiB", bad: "1KiB", fault: "1KiB is out of range: give 1MiB to"},
+		"extent":              {value: "0", bad: "16KiB", fault: "16KiB is not allowed: give one of 32KiB, 64KiB, 128KiB"},
+		"workers":             {value: "0", bad: "257", fault: "257 is out of range: give 0 to 256"},
+		"commit-interval":     {value: "5s", bad: "1ms", fault: "1ms is out of range: give 10ms to 1h0m0s"},
+		"checkpoint-interval": {value: "256MiB", bad: "8MiB", fault: "8MiB is out of range: give 16MiB to 64GiB"},
+		"writeback-period":    {value: "5s", bad: "2h", fault: "2h0m0s is out of range: give 10ms to 1h0m0s"},
+		"writeback-expire":    {value: "30s", bad: "25h", fault: "25h0m0s is out of range: give 10ms to 24h0m0s"},
+		"handshake-timeout":   {value: "10s", bad: "10ms", fault: "10ms is out of range: give 100ms to 10m0s"},
+		"stall-timeout":       {value: "5m", bad: "10ms", fault: "10ms is out of range: give 1s to 24h0m0s"},
+		"idle-timeout":        {value: "0s", bad: "-1s", fault: "-1s is out of range: give 0s to 8760h0m0s"},
+		"connections-max":     {value: "128", bad: "0", fault: "0 is out of range: give 1 to 65536"},
+		"requests-max":        {value: "128", bad: "4097", fault: "4097 is out of range: give 1 to 4096"},
+		"io-flusher":          {value: "true", bad: "2", fault: "2 is neither true nor false"},
+		"lock-memory":         {value: "true", bad: "[no]", fault: "neither true nor false"},
+		"oom-score-adjust":    {value: "-999", bad: "-1001", fault: "-1001 is out of range: give -1000 to 0"},
+		"log-level":           {value: "info", bad: "loud", fault: "loud is not allowed: give one of trace, debug, info, warn, error"},
+		"log-format":          {value: "auto", bad: "xml", fault: "xml is not allowed: give one of auto, json, console"},
+		"metrics":             {value: `""`, bad: "tcp:localhost", fault: "has no port"},
+		"pprof":               {value: "false", bad: "true", fault: "metrics has no address"},
+
+		"exports[0].name":            {value: `""`, bad: `"a\nb"`, fault: "has control characters"},
+		"exports[0].path":            {value: `""`, bad: `""`, fault: "needed: the file or block device"},
+		"exports[0].size":            {value: "0", bad: "8EiB", fault: "8EiB is out of range: give 0 to"},
+		"exports[0].capacity":        {value: "0", bad: "1.5", fault: "1.5 has no unit"},
+		"exports[0].codec":           {value: `""`, bad: "lz4", fault: "lz4 is not allowed: give one of auto, zstd, s2, none"},
+		"exports[0].level":           {value: "0", bad: "5", fault: "5 is out of range: give 0 to 4"},
+		"exports[0].recompress":      {value: `""`, bad: `"zstd:9"`, fault: "zstd:9 is not allowed: give one of auto, off, zstd:fastest"},
+		"exports[0].lazy":            {value: "false", bad: "x", fault: "x is neither true nor false"},
+		"exports[0].allow":           {value: "[]", bad: "[alice]", fault: "clients are known by their certificates only"},
+		"exports[0].connections-max": {value: "0", bad: "65537", fault: "65537 is out of range: give 0 to 65536"},
+		"exports[0].read-only":       {value: "false", bad: "maybe", fault: "maybe is neither true nor false"},
+		"exports[0].description":     {value: `""`, bad: "5", fault: "5 is not text"},
+	}
+	for _, s := range allSettings() {
+		key, format := s.key, "%s: %s\n"
+		switch {
+		case strings.HasPrefix(s.id, "Export."):
+			key = exportKey(0, key)
+			format = "exports: [{path: disk, %s: %s}]\n"
+			if s.key == "path" {
+				format = "exports: [{%s: %s}]\n"
+			}
+		case key != "exports":
+			format += "exports: [{path: disk}]\n"
+		}
+		row, ok := rows[key]
+		if !ok {
+			t.Errorf("the table lacks %s", key)
+			continue
+		}
+		delete(rows, key)
+		if got := s.defaultText(); got != row.value {
+			t.Errorf("the default of %s is %s, want %s", key, got, row.value)
+		}
+		_, err := Load(write(t, row.more+"\n"+fmt.Sprintf(format, s.key, row.bad)), nil)
+		wantFaults(t, err, map[string]string{key: row.fault})
+	}
+	for key := range rows {
+		t.Errorf("%s is no key", key)
+	}
+}
+
 // TestRefused are configurations with one fault each, or a few that belong
 // together.
 func TestRefused(t *testing.T) {
@@ -391,19 +478,15 @@ func TestRefused(t *testing.T) {
 		"all addresses":  {"", []string{"--listen", "tcp:[::]", "b"}, map[string]string{"listen": other}},
 		"TLS not forced": {"", []string{"--listen", "tcp:h:1", "--tls=on", "--tls-certificates=/c", "b"}, map[string]string{"listen": other}},
 		"no directory":   {"", []string{"--tls=require", "b"}, map[string]string{"tls-certificates": "needed with tls require"}},
-		"socket mode":    {"", []string{"--socket-mode=0444", "b"}, map[string]string{"socket-mode": "--socket-mode: 0444 is out of range"}},
 
 		"allow without TLS":     {"", []string{"--allow=alice", "b"}, map[string]string{"exports[0].allow": "--allow: clients are known by their certificates only"}},
 		"allow, peer not asked": {"exports: [{path: a, allow: [x]}]", []string{"--tls=on", "--tls-certificates=/c", "--tls-verify-peer=false"}, map[string]string{"exports[0].allow": "exports[0].allow: clients are known"}},
 		"allow nobody":          {"", []string{"--tls=on", "--tls-certificates=/c", "--allow=", "b"}, map[string]string{"exports[0].allow": "empty name"}},
 		"allow a number":        {"exports: [{path: a, allow: [1]}]", nil, map[string]string{"exports[0].allow": "1 is not text"}},
-		"verify peer":           {"tls-verify-peer: perhaps\nexports: [{path: a}]", nil, map[string]string{"tls-verify-peer": "tls-verify-peer: perhaps is neither true nor false"}},
-		"list":                  {"list-exports: maybe\nexports: [{path: a, lazy: x}]", nil, map[string]string{"list-exports": "list-exports: maybe is neither true nor false", "exports[0].lazy": "x is neither true nor false"}},
 		"default export":        {"", []string{"--default-export=x", "b"}, map[string]string{"default-export": `--default-export: "x" is the name of no export`}},
 		"two defaults":          {"exports: [{path: a}, {path: b, name: b}]\ndefault-export: b", nil, map[string]string{"default-export": `"b", and exports[0] has the empty name`}},
-		"export's connections":  {"", []string{"--export-connections-max=-1", "b"}, map[string]string{"exports[0].connections-max": "--export-connections-max: -1 is out of range: give 0 to 65536"}},
-		"stall":                 {"", []string{"--stall-timeout=10ms", "b"}, map[string]string{"stall-timeout": "--stall-timeout: 10ms is out of range: give 1s to 24h0m0s"}},
-		"idle":                  {"", []string{"--idle-timeout=-1s", "b"}, map[string]string{"idle-timeout": "--idle-timeout: -1s is out of range: give 0s to 8760h0m0s"}},
+
+		"export's connections": {"", []string{"--export-connections-max=-1", "b"}, map[string]string{"exports[0].connections-max": "--export-connections-max: -1 is out of range: give 0 to 65536"}},
 
 		"metrics":               {"", []string{"--metrics=localhost:9000", "b"}, map[string]string{"metrics": "--metrics: \"localhost:9000\" is not an address"}},
 		"metrics, no port":      {"", []string{"--metrics=tcp:localhost", "b"}, map[string]string{"metrics": "has no port"}},
@@ -413,12 +496,6 @@ func TestRefused(t *testing.T) {
 		"metrics, taken":        {"", []string{"--metrics=unix:/a", "--listen=unix:/a", "b"}, map[string]string{"metrics": "unix:/a is an address of listen too"}},
 		"pprof without metrics": {"", []string{"--pprof", "b"}, map[string]string{"pprof": "metrics has no address"}},
 		"pprof for other hosts": {"", []string{"--pprof", "--metrics=tcp:0.0.0.0:9", "b"}, map[string]string{"pprof": "profiles are for this host"}},
-		"pprof is no truth":     {"pprof: maybe\nexports: [{path: a}]", nil, map[string]string{"pprof": "maybe is neither true nor false"}},
-
-		"owner":            {"", []string{"--socket-owner=a:b", "--socket-group=a b", "b"}, map[string]string{"socket-owner": `--socket-owner: "a:b" is not a name`, "socket-group": `"a b" is not a name`}},
-		"exit with parent": {"exit-with-parent: never\nexports: [{path: a}]", nil, map[string]string{"exit-with-parent": "never is neither true nor false"}},
-
-		"protection": {"io-flusher: 2\nlock-memory: [no]\nexports: [{path: a}]", []string{"--oom-score-adjust=-1001"}, map[string]string{"io-flusher": "2 is neither true nor false", "lock-memory": "lock-memory", "oom-score-adjust": "--oom-score-adjust: -1001 is out of range: give -1000 to 0"}},
 
 		"cache too small": {"", []string{"--cache", "1MiB", "--dirty-max=1GiB", "--background=1GiB", "b"}, map[string]string{"cache": "1MiB is out of range: give 16MiB to"}},
 		"dirty too much":  {"", []string{"--dirty-max", "200MiB", "b"}, map[string]string{"dirty-max": "give 4MiB to 192MiB"}},
