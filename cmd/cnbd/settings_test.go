@@ -102,3 +102,20 @@ func TestSettingsOfClients(t *testing.T) {
 		})
 	}
 }
+
+// TestAllowPlaintext: an address that is not known to be this host's alone is served on
+// without TLS only if that is allowed.
+func TestAllowPlaintext(t *testing.T) {
+	dir := t.TempDir()
+	args := []string{"--size=64MiB", "--listen=tcp:LOCALHOST:0", dir + "/disk"} // a name like any other, for all that cnbd knows
+	if r := try(t, binary, append([]string{"serve"}, args...)...); r.status != exitUsage || !strings.Contains(r.stderr, "can be reached by other hosts") {
+		t.Errorf("status %d: %s", r.status, r.stderr)
+	}
+	s := serve(t, append(args, "--allow-plaintext")...)
+	c, err := nbd.Dial(t.Context(), s.uri)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+	s.stop(t)
+}
