@@ -297,3 +297,28 @@ func firstErrno(err error) (n syscall.Errno) {
 	errors.As(err, &n)
 	return n
 }
+
+// What one write dirties beyond the background threshold is written out, although the
+// flusher was called for it while the write had its range locked.
+func TestLargeWriteIsWrittenOut(t *testing.T) {
+	data := noise(1, 4<<20)
+	for range 30 {
+		f := disktest.New(1, disktest.Options{})
+		format(t, f, testGeometry(8<<20, compression.None))
+		d := open(t, f, Options{
+			CacheBytes: 16 << 20, Workers: 2, DirtyBytesMax: 8 << 20, BackgroundBytes: 256 << 10,
+			CommitInterval: time.Hour, WritebackPeriod: time.Hour, CleanPeriod: time.Hour,
+		})
+		if _, err := d.WriteAt(data, 0); err != nil {
+			t.Fatal(err)
+		}
+		for deadline := time.Now().Add(10 * time.Second); d.cache.OverBackground(); time.Sleep(time.Millisecond) {
+			if time.Now().After(deadline) {
+				t.Fatalf("%d blocks stay dirty: %+v", d.cache.DirtyBlocks(), d.back.Metrics())
+			}
+		}
+		if err := d.Abort(); err != nil {
+			t.Fatal(err)
+		}
+	}
+}

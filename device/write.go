@@ -322,6 +322,11 @@ func (w *Write) install(ctx context.Context, hole block.Range) error {
 		d.epochs.Leave()
 		d.store.Release(spare)
 		d.flusher.Dirtied()
+		if d.cache.OverBackground() {
+			// Install has called for it too, but while this range was locked, and all of
+			// what is dirty may be in it.
+			d.flusher.Kick()
+		}
 		return nil
 	}
 }
