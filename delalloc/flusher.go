@@ -37,9 +37,10 @@ type FlusherOptions struct {
 	Failed func(error)
 }
 
-// A Flusher decides when dirty data is written out and committed. One goroutine
-// commits, shared by all who ask for it; another writes the open epoch out in
-// the background.
+// A Flusher decides when dirty data is written out and committed. One at a time
+// commits, for all who have asked for it until then: who asks when nobody is at it,
+// which saves waking another, and else a goroutine of the Flusher. A second one writes
+// the open epoch out in the background.
 type Flusher struct {
 	opts   FlusherOptions
 	ctx    context.Context
@@ -52,10 +53,11 @@ type Flusher struct {
 	// awaited is how many calls of Flush wait.
 	awaited atomic.Int64
 
-	mu     sync.Mutex
-	wanted uint64 // guarded by mu; the number of the newest commit asked for
-	begun  uint64 // guarded by mu; the number of the newest commit begun
-	rounds map[uint64]*round
+	mu         sync.Mutex
+	committing bool   // guarded by mu; somebody is at the commit of number begun
+	wanted     uint64 // guarded by mu; the number of the newest commit asked for
+	begun      uint64 // guarded by mu; the number of the newest commit begun
+	rounds     map[uint64]*round
 }
 
 // A round is one commit that somebody waits for.
@@ -114,6 +116,11 @@ func (f *Flusher) NeedCommit() {
 // ask asks for a commit that has not begun. REQUIRES: f.mu held.
 func (f *Flusher) ask() {
 	f.wanted = f.begun + 1
+	f.wakeLocked()
+}
+
+// wakeLocked has the goroutine that commits look whether it is wanted.
+func (f *Flusher) wakeLocked() {
 	select {
 	case f.wake <- struct{}{}:
 	default:
@@ -129,12 +136,21 @@ func (f *Flusher) Dirtied() {
 
 // Flush blocks until everything that has been installed before is durable. Those
 // who call it while a commit runs share the next one. When ctx ends, the wait
-// does, not the commit.
+// does, not the commit; who commits himself does not look at it.
 func (f *Flusher) Flush(ctx context.Context) error {
 	f.mu.Lock()
 	if f.ctx.Err() != nil {
 		f.mu.Unlock()
 		return ErrStopped
+	}
+	if !f.committing {
+		f.awaited.Add(1) // before the commit begins
+		defer f.awaited.Add(-1)
+		f.wg.Add(1) // Stop waits for this
+		defer f.wg.Done()
+		err, _ := f.commitLocked()
+		f.mu.Unlock()
+		return err
 	}
 	n := f.begun + 1
 	r := f.rounds[n]
@@ -182,30 +198,41 @@ func (f *Flusher) commitLoop() {
 			f.mu.Unlock()
 			return
 		}
-		if f.wanted <= f.begun && !(timed && f.dirty.Load()) {
-			f.mu.Unlock()
+		if f.committing || f.wanted <= f.begun && !(timed && f.dirty.Load()) {
+			f.mu.Unlock() // who commits wakes this when more is wanted
 			continue
 		}
-		f.begun++
-		n := f.begun
-		r := f.rounds[n]
-		delete(f.rounds, n)
-		f.dirty.Store(false)
+		err, told := f.commitLocked()
 		f.mu.Unlock()
-
-		// A commit that has begun is not cancelled: what it froze must go out.
-		err := f.opts.Writeback.Commit(context.Background(), f.opts.Epochs)
-		told := false
-		if r != nil {
-			f.mu.Lock()
-			r.err, told = err, r.waiting > 0
-			close(r.done)
-			f.mu.Unlock()
-		}
 		if err != nil && !told {
 			f.opts.Failed(err)
 		}
 	}
+}
+
+// commitLocked commits, and tells those who wait for it; told says whether there were
+// any. It drops and retakes the mutex. REQUIRES: f.mu held, and nobody commits.
+func (f *Flusher) commitLocked() (err error, told bool) {
+	f.begun++
+	r := f.rounds[f.begun]
+	delete(f.rounds, f.begun)
+	f.committing = true
+	f.dirty.Store(false)
+	f.mu.Unlock()
+
+	// A commit that has begun is not cancelled: what it froze must go out.
+	err = f.opts.Writeback.Commit(context.Background(), f.opts.Epochs)
+
+	f.mu.Lock()
+	f.committing = false
+	if r != nil {
+		r.err, told = err, r.waiting > 0
+		close(r.done)
+	}
+	if f.wanted > f.begun {
+		f.wakeLocked()
+	}
+	return err, told
 }
 
 func (f *Flusher) backgroundLoop() {

@@ -3,6 +3,7 @@ package delalloc
 import (
 	"context"
 	"errors"
+	"runtime"
 	"runtime/pprof"
 	"strings"
 	"sync"
@@ -89,13 +90,20 @@ func TestFlushesShareACommit(t *testing.T) {
 	})
 }
 
-// The context of a flush ends the wait, not the commit.
+// The context of a flush that waits for a commit ends the wait, not the commit.
 func TestFlushAndContext(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		g := newRig(t, rigOptions{})
 		f := g.flusher(FlusherOptions{})
 		gate, open := newGate(t)
 		g.log.syncing = func(uint64) { <-gate }
+		g.write(rng(0, 1), text)
+		go func() {
+			if err := f.Flush(t.Context()); err != nil {
+				t.Errorf("Flush: %v", err)
+			}
+		}()
+		synctest.Wait() // it commits
 		g.write(rng(0, 1), text)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -105,8 +113,50 @@ func TestFlushAndContext(t *testing.T) {
 		}
 		open()
 		synctest.Wait()
-		if n, durable := g.log.commits(); n != 1 || durable != 1 {
-			t.Errorf("%d commits, %d durable, want 1", n, durable)
+		if n, durable := g.log.commits(); n != 2 || durable != 2 {
+			t.Errorf("%d commits, %d durable, want 2", n, durable)
+		}
+		f.Stop()
+		g.close()
+	})
+}
+
+// Who flushes when nobody commits does it himself: no other goroutine is woken, and
+// what is asked for meanwhile is done afterwards.
+func TestFlushCommits(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		g := newRig(t, rigOptions{})
+		f := g.flusher(FlusherOptions{CommitInterval: time.Hour})
+		g.write(rng(0, 1), text)
+		stack := make([]byte, 64<<10)
+		g.log.syncing = func(uint64) { stack = stack[:runtime.Stack(stack, false)] }
+		if err := f.Flush(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		if !strings.Contains(string(stack), "TestFlushCommits") {
+			t.Errorf("somebody else has committed:\n%s", stack)
+		}
+		gate, open := newGate(t)
+		g.log.syncing = func(uint64) { <-gate }
+		g.write(rng(0, 1), text)
+		go func() {
+			if err := f.Flush(t.Context()); err != nil {
+				t.Errorf("Flush: %v", err)
+			}
+		}()
+		synctest.Wait()
+		g.write(rng(1, 1), text)
+		f.Dirtied()
+		time.Sleep(3 * time.Hour) // a timed commit waits too
+		f.NeedCommit()
+		synctest.Wait()
+		if n := g.commits(); n != 2 {
+			t.Errorf("%d commits, want 2: one at a time", n)
+		}
+		open()
+		synctest.Wait()
+		if n, durable := g.log.commits(); n != 3 || durable != 3 {
+			t.Errorf("%d commits, %d durable, want 3", n, durable)
 		}
 		f.Stop()
 		g.close()
@@ -156,20 +206,35 @@ func TestFailedCommit(t *testing.T) {
 			t.Errorf("Failed was called %d times after a timed commit, want 2", failed.Load())
 		}
 		// Somebody waited, and has gone.
-		g.write(rng(0, 1), text)
 		ctx, cancel := context.WithCancel(t.Context())
-		gone := make(chan struct{})
+		joined, gone := make(chan struct{}), make(chan struct{})
+		commits := 0
 		g.log.fail = func(op string) error {
-			if op == "commit" {
-				cancel()
-				<-gone
-				return errFake
+			if op != "commit" {
+				return nil
 			}
-			return nil
+			if commits++; commits == 1 {
+				<-joined
+				return nil
+			}
+			cancel()
+			<-gone
+			return errFake
 		}
-		if err := f.Flush(ctx); !errors.Is(err, context.Canceled) {
-			t.Errorf("Flush: %v", err)
+		for _, tc := range []struct {
+			ctx  context.Context
+			want error
+		}{{t.Context(), nil}, {ctx, context.Canceled}} {
+			g.write(rng(0, 1), text)
+			wg.Go(func() {
+				if err := f.Flush(tc.ctx); !errors.Is(err, tc.want) {
+					t.Errorf("Flush: %v, want %v", err, tc.want)
+				}
+			})
+			synctest.Wait()
 		}
+		close(joined)
+		wg.Wait()
 		close(gone)
 		synctest.Wait()
 		if failed.Load() != 3 {
