@@ -15,7 +15,9 @@ attach() { # HOW FS DEVICE
 
 detach() { # HOW DEVICE
 	case $1 in
-	nbd-client*) flock "$2" nbd-client -d "$2" ;; # udev keeps away meanwhile
+	# udev keeps away meanwhile; then it looks, and while it has the device open the
+	# kernel has it in use for the next nbd-client.
+	nbd-client*) flock "$2" nbd-client -d "$2" && udevadm settle ;;
 	*) cnbd detach "$2" ;;
 	esac
 	! [ -e "/sys/block/${2#/dev/}/pid" ]
