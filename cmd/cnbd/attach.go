@@ -186,7 +186,7 @@ func (a *attachment) attachOnce(ctx context.Context, stdout io.Writer, patience 
 			return 0, nil, err
 		}
 	}
-	if err := nbdkernel.Connect(a.device, c); err != nil {
+	if err := a.connect(ctx, c); err != nil {
 		return 0, nil, err
 	}
 	ready, cancel := context.WithTimeout(ctx, patience)
@@ -202,6 +202,25 @@ func (a *attachment) attachOnce(ctx context.Context, stdout io.Writer, patience 
 	}
 	fmt.Fprintf(stdout, "%v: %v, %d connections\n", a.device, config.Size(c.Size), len(c.Sockets))
 	return len(c.Sockets), r, nil
+}
+
+// busyWait is how long a device that is not attached may be in use: udev opens it when it
+// has been detached, and as long as anybody has it open the kernel attaches nothing.
+const busyWait = 5 * time.Second
+
+// connect hands the connections of c to the kernel.
+func (a *attachment) connect(ctx context.Context, c nbdkernel.Config) error {
+	for deadline := time.Now().Add(min(a.wait, busyWait)); ; {
+		err := nbdkernel.Connect(a.device, c)
+		if !errors.Is(err, nbdkernel.ErrBusy) || a.device.Attached() || time.Now().After(deadline) {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return err
+		case <-time.After(100 * time.Millisecond):
+		}
+	}
 }
 
 // grow gives the device, which is attached, the size that the export has by now.

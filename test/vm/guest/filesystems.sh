@@ -55,6 +55,14 @@ mounted() { # what must not be detached is not
 }
 step 'a device in use is not detached' mounted
 
+open_meanwhile() { # as udev has it for a moment
+	exec 9</dev/nbd0 || return
+	(sleep 2) & # the one that keeps it open
+	exec 9<&-
+	cnbd attach /dev/nbd0 "$(uri ext4)" && wait $! && cnbd detach /dev/nbd0
+}
+step 'attached when nobody has it open any more' open_meanwhile
+
 settings() {
 	cnbd attach --connections 2 --block-size 4096 --request-max 512KiB --timeout 40s --dead-connection-timeout 7s /dev/nbd0 "$(uri ext4)" || return
 	grep -H . /sys/block/nbd0/queue/{logical_block_size,max_sectors_kb,write_cache,fua,discard_granularity,nr_requests} /sys/block/nbd0/{size,backend}
