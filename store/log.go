@@ -20,7 +20,7 @@ const (
 	writeBufferSize = 1 << 20
 	writeBuffers    = 4
 	// What is written in pieces of this size or more is sent on to the medium at once.
-	// Of 512 MiB in pieces of a MiB, with a sync at the end, the page cache then holds 1 to 130 MiB
+	// Of 512 MiB in pieces of a MiB, with a sync at the end, the page cache then holds 1 to 135 MiB
 	// at a time instead of all, and it takes 275 ms instead of 345; direct I/O, which has
 	// nothing to do while it waits, 360 (medians, ext4).
 	writeBehindSize = 256 << 10
