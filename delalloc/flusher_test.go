@@ -41,6 +41,17 @@ func (g *rig) flusher(o FlusherOptions) *Flusher {
 	return f
 }
 
+// flushBeside has another goroutine flush, which must succeed, and returns when that
+// has gone as far as it can. It is called in a bubble.
+func (g *rig) flushBeside(f *Flusher) {
+	go func() {
+		if err := f.Flush(g.t.Context()); err != nil {
+			g.t.Errorf("Flush: %v", err)
+		}
+	}()
+	synctest.Wait()
+}
+
 // commits is the number of commits so far, empty ones too.
 func (g *rig) commits() uint64 {
 	n, _ := g.log.commits()
@@ -98,12 +109,7 @@ func TestFlushAndContext(t *testing.T) {
 		gate, open := newGate(t)
 		g.log.syncing = func(uint64) { <-gate }
 		g.write(rng(0, 1), text)
-		go func() {
-			if err := f.Flush(t.Context()); err != nil {
-				t.Errorf("Flush: %v", err)
-			}
-		}()
-		synctest.Wait() // it commits
+		g.flushBeside(f)
 		g.write(rng(0, 1), text)
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 		defer cancel()
@@ -139,12 +145,7 @@ func TestFlushCommits(t *testing.T) {
 		gate, open := newGate(t)
 		g.log.syncing = func(uint64) { <-gate }
 		g.write(rng(0, 1), text)
-		go func() {
-			if err := f.Flush(t.Context()); err != nil {
-				t.Errorf("Flush: %v", err)
-			}
-		}()
-		synctest.Wait()
+		g.flushBeside(f)
 		g.write(rng(1, 1), text)
 		f.Dirtied()
 		time.Sleep(3 * time.Hour) // a timed commit waits too

@@ -19,14 +19,15 @@ func TestHurry(t *testing.T) {
 		dirty        block.Count // of 1024 at most, 256 of them in the background
 		capacity     uint64
 		noRecompress bool
+		full         bool // of noise, as far as it becomes scarce
 		small, large bool
 	}{
-		{"little is dirty", 256, 64 << 20, false, false, false},
-		{"more than goes out", 257, 64 << 20, false, true, false},
-		{"half way to the limit", 640, 64 << 20, false, true, false},
-		{"clients will wait", 641, 64 << 20, false, true, true},
-		{"space is scarce", 641, 12 << 20, false, false, false},
-		{"it would stay so", 641, 64 << 20, true, true, false},
+		{"little is dirty", 256, 64 << 20, false, false, false, false},
+		{"more than goes out", 257, 64 << 20, false, false, true, false},
+		{"half way to the limit", 640, 64 << 20, false, false, true, false},
+		{"clients will wait", 641, 64 << 20, false, false, true, true},
+		{"space is scarce", 641, 12 << 20, false, true, false, false},
+		{"it would stay so", 641, 64 << 20, true, false, true, false},
 	} {
 		f := disktest.New(1, disktest.Options{})
 		format(t, f, store.Geometry{DeviceSize: 8 << 20, Capacity: max(tc.capacity, store.MinCapacity(store.SegmentSizeMin)), SegmentSize: store.SegmentSizeMin, ExtentBlocks: 16})
@@ -35,7 +36,7 @@ func TestHurry(t *testing.T) {
 			NoRecompress: tc.noRecompress, CleanPeriod: time.Hour, CommitInterval: time.Hour,
 		})
 		noise := make([]byte, 64<<10)
-		for at := int64(0); tc.name == "space is scarce" && !d.store.Scarce(); at = (at + 64<<10) % (8 << 20) {
+		for at := int64(0); tc.full && !d.store.Scarce(); at = (at + 64<<10) % (8 << 20) {
 			rand.NewChaCha8([32]byte{byte(at >> 16)}).Read(noise)
 			if _, err := d.WriteAt(noise, at); err != nil {
 				t.Fatal(err)

@@ -33,16 +33,24 @@ func cold(t *testing.T, size int, cache int64) (*Device, []byte) {
 	return d, data
 }
 
-// sameAt reads n bytes at off, and reports whether the cache had them.
-func sameAt(t *testing.T, d *Device, data []byte, off, n int) (hit bool) {
+// request reads n bytes at off as a connection does, and reports whether the cache had
+// them all.
+func request(t *testing.T, d *Device, off, n int) (p *Payload, hit bool) {
 	t.Helper()
-	p, hit := d.ReadPromptly(uint64(off), uint32(n))
+	p, hit = d.ReadPromptly(uint64(off), uint32(n))
 	if !hit {
 		var err error
 		if p, err = d.Read(t.Context(), uint64(off), uint32(n)); err != nil {
 			t.Fatal(err)
 		}
 	}
+	return p, hit
+}
+
+// sameAt reads n bytes at off, and reports whether the cache had them.
+func sameAt(t *testing.T, d *Device, data []byte, off, n int) (hit bool) {
+	t.Helper()
+	p, hit := request(t, d, off, n)
 	defer p.Release()
 	at := off
 	for _, s := range p.Segments() {
@@ -243,13 +251,7 @@ func TestReadAheadBesideHotBlocks(t *testing.T) {
 	d := newBenchDevice(t, Options{CacheBytes: cache, PayloadBytes: 4 << 20, Workers: 2})
 	read := func(off, n int) {
 		t.Helper()
-		p, hit := d.ReadPromptly(uint64(off), uint32(n))
-		if !hit {
-			var err error
-			if p, err = d.Read(t.Context(), uint64(off), uint32(n)); err != nil {
-				t.Fatal(err)
-			}
-		}
+		p, _ := request(t, d, off, n)
 		p.Release()
 		d.ahead.busy.Wait()
 	}

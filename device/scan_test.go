@@ -13,13 +13,7 @@ func TestScanLeavesHotBlocks(t *testing.T) {
 	d := newBenchDevice(t, Options{CacheBytes: 4 * hot * block.Size, PayloadBytes: 4 << 20})
 	read := func(r block.Range) {
 		t.Helper()
-		p, ok := d.ReadPromptly(r.Start.Bytes(), uint32(r.Len().Bytes()))
-		if !ok {
-			var err error
-			if p, err = d.Read(t.Context(), r.Start.Bytes(), uint32(r.Len().Bytes())); err != nil {
-				t.Fatal(err)
-			}
-		}
+		p, _ := request(t, d, int(r.Start.Bytes()), int(r.Len().Bytes()))
 		p.Release()
 	}
 	for _, scan := range []struct {
