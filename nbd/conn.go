@@ -373,22 +373,34 @@ func (c *conn) inside(off, n uint64) bool {
 	return off <= c.size && n <= c.size-off
 }
 
-// admit checks h and waits until there is room for it in flight. The error is
-// that of the connection, if it dies meanwhile.
-func (c *conn) admit(h header) (*request, error) {
-	begun := time.Now()
-	m := &c.mu
-	m.Lock()
-	for m.requests >= c.s.opts.RequestsMax {
-		m.Unlock()
+// awaitInFlight waits until at most n requests are in flight. The error is that of
+// the connection, if it dies meanwhile.
+func (c *conn) awaitInFlight(n int) error {
+	for {
+		c.mu.Lock()
+		requests := c.mu.requests
+		c.mu.Unlock()
+		if requests <= n {
+			return nil
+		}
 		c.flush()
 		select {
 		case <-c.room:
 		case <-c.ctx.Done():
-			return nil, context.Cause(c.ctx)
+			return context.Cause(c.ctx)
 		}
-		m.Lock()
 	}
+}
+
+// admit checks h and waits until there is room for it in flight. The error is
+// that of the connection, if it dies meanwhile.
+func (c *conn) admit(h header) (*request, error) {
+	begun := time.Now()
+	if err := c.awaitInFlight(c.s.opts.RequestsMax - 1); err != nil {
+		return nil, err
+	}
+	m := &c.mu
+	m.Lock()
 	m.requests++
 	c.inFlight = m.requests
 	var r *request
@@ -443,6 +455,9 @@ func (c *conn) receive(r *request, n uint64) error {
 	}
 	if err == nil && got < n {
 		err = c.in.discard(n - got)
+	}
+	if errors.Is(err, errStopped) {
+		c.awaitInFlight(1) // the others are answered; it has not been sent, for its client
 	}
 	if err != nil {
 		c.fail(err)

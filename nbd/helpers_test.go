@@ -442,6 +442,21 @@ func (s *testServer) rawGo() rawConn {
 	return rc
 }
 
+// rawTCP is rawGo through TCP, to a listener of its own, without TLS.
+func (s *testServer) rawTCP() rawConn {
+	s.t.Helper()
+	l, err := Listen("tcp:127.0.0.1:0", 0)
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	go s.Serve(l)
+	rc := rawDial(s.t, "tcp", l.Addr().String())
+	rc.get(18)
+	rc.put(appendOption([]byte{0, 0, 0, 3}, optExportName, nil))
+	rc.get(10)
+	return rc
+}
+
 // rawMode connects and negotiates export and messages of form m.
 func (s *testServer) rawMode(m ReplyMode, export string) rawConn {
 	s.t.Helper()

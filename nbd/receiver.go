@@ -25,6 +25,13 @@ const (
 	// come: what common requests have, in one piece.
 	payloadPiece = 64 << 10
 
+	// drainQuiet is how long a client sends nothing before a server that stops takes it
+	// that nothing is on its way: many round trips of a local network.
+	drainQuiet = 20 * time.Millisecond
+
+	// drainMax bounds how long a server that stops goes on for clients that do not pause.
+	drainMax = time.Second
+
 	// iovMax is the kernel's limit (UIO_MAXIOV) of segments in one call.
 	iovMax = 1024
 )
@@ -42,7 +49,8 @@ var aLongTimeAgo = time.Unix(1, 0)
 // A receiver reads from a connection through a buffer, and knows the deadlines:
 //
 //   - during the handshake, one for all of it;
-//   - between requests that of idleness, if there is one; stop ends the wait, too;
+//   - between requests that of idleness, if there is one, and after stop that of
+//     quiet; stop ends the wait, too;
 //   - inside a request, one for the rest of its header and one for its payload,
 //     whatever stop does. They are not put off by a byte now and then.
 //
@@ -69,6 +77,9 @@ type receiver struct {
 	deadline  time.Time // that deadline
 	timed     bool      // nc may have a read deadline
 
+	until  time.Time // drainMax after request has seen stop; zero: it has not
+	closed bool      // the client cannot send any more: behind what it has sent is the end
+
 	waited bool // for bytes; whoever asks resets it. Not noted of TLS, nor inside a header
 
 	// The state of a readv, so that none allocates.
@@ -83,7 +94,7 @@ type receiver struct {
 	mu struct {
 		sync.Mutex
 		stopped bool
-		woken   bool // stop's deadline may have ended a read inside a request
+		woken   bool // stop's deadline may have ended a read
 	}
 }
 
@@ -114,9 +125,11 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 	}
 }
 
-// stop makes the next call of request, or the handshake, end with errStopped;
-// what follows the header of a request is still received. It may be called
-// from any goroutine, more than once.
+// stop makes the handshake end with errStopped, or request when all that the client
+// has sent was received. From a unix socket that is exact: the client cannot send any
+// more once there is nothing left. Others have to be quiet for drainQuiet, with nothing
+// in flight, for what they send is on its way for a while. A client that does not
+// pause has drainMax. It may be called from any goroutine, more than once.
 func (rc *receiver) stop() {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
@@ -156,14 +169,20 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 // valid until the next call. It returns errStopped after stop, errIdle when none
 // came for too long, and io.EOF if the connection ended between two requests.
 func (rc *receiver) request(size int) ([]byte, error) {
-	for rc.r == rc.w {
-		if rc.stopped() {
+	for {
+		if rc.stopped() && rc.late() {
 			return nil, errStopped
+		}
+		if rc.r < rc.w {
+			return rc.next(size)
 		}
 		rc.r, rc.w = 0, 0
 		rc.iov = appendIovec(rc.iov[:0], rc.buf)
 		n, ok, err := rc.try()
 		if !ok {
+			if rc.stopped() && rc.closeRead() {
+				continue // with what has come in between
+			}
 			rc.waits()
 			if err := rc.armIdle(); err != nil {
 				return nil, err
@@ -175,23 +194,50 @@ func (rc *receiver) request(size int) ([]byte, error) {
 			n, err = rc.await(p) // which notes if it waits
 		}
 		rc.w = n
-		if n == 0 && err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				switch {
-				case rc.stopped():
-					return nil, errStopped
-				case rc.active():
-					continue
-				}
-				return nil, errIdle
+		switch {
+		case n > 0 || err == nil:
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return nil, rc.ended(err)
+		case rc.stopped():
+			if !rc.again(err) && !rc.active() {
+				return nil, errStopped
 			}
-			return nil, err
+		case !rc.active():
+			return nil, errIdle
 		}
 	}
-	if rc.stopped() {
-		return nil, errStopped
+}
+
+// late reports, after stop, whether what the client sends is left unread now.
+func (rc *receiver) late() bool {
+	switch {
+	case rc.until.IsZero():
+		rc.until = time.Now().Add(drainMax)
+		return false
+	case rc.closed || time.Now().Before(rc.until):
+		return false
 	}
-	return rc.next(size)
+	return !rc.closeRead()
+}
+
+// closeRead has the client's sending fail from now on, without harm to what it has
+// sent. It reports false if that has been done, or is not possible: TCP does not
+// tell the other side.
+func (rc *receiver) closeRead() bool {
+	u, ok := rc.nc.(*net.UnixConn)
+	if !ok || rc.closed || u.CloseRead() != nil {
+		return false
+	}
+	rc.closed = true
+	return true
+}
+
+// ended turns the end that closeRead has made into errStopped.
+func (rc *receiver) ended(err error) error {
+	if rc.closed && (err == io.EOF || err == io.ErrUnexpectedEOF) { // the latter inside a record of TLS
+		return errStopped
+	}
+	return err
 }
 
 // try reads into rc.iov what has arrived already. It reports false if that is
@@ -239,7 +285,8 @@ func (rc *receiver) armIdle() error {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
 	if rc.mu.stopped {
-		return errStopped
+		rc.mu.woken = false
+		return rc.nc.SetReadDeadline(time.Now().Add(drainQuiet))
 	}
 	if rc.idle > 0 {
 		return rc.nc.SetReadDeadline(time.Now().Add(rc.idle))
@@ -273,7 +320,7 @@ func (rc *receiver) armBusy() error {
 }
 
 // again reports whether a read that failed with err is to be repeated: it was
-// ended by stop, inside a request.
+// ended by stop.
 func (rc *receiver) again(err error) bool {
 	if !errors.Is(err, os.ErrDeadlineExceeded) {
 		return false
@@ -290,7 +337,8 @@ func (rc *receiver) read(p []byte) (int, error) {
 }
 
 // receive reads at least one byte of something that has begun, as await does, and
-// forgets rc.iov: its memory is only borrowed.
+// forgets rc.iov: its memory is only borrowed. It returns errStopped if the client
+// could not send it to its end.
 func (rc *receiver) receive(p []byte) (int, error) {
 	defer clear(rc.iov)
 	n, ok, err := rc.try()
@@ -307,7 +355,7 @@ func (rc *receiver) receive(p []byte) (int, error) {
 	if n > 0 {
 		return n, nil
 	}
-	return 0, unexpected(err)
+	return 0, unexpected(rc.ended(err))
 }
 
 // readv receives at least one byte into segs[0][fill:] and the segments behind

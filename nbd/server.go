@@ -459,9 +459,11 @@ func (s *Server) stop() {
 	}
 }
 
-// Shutdown ends the server in good order: it accepts no connection and reads no
-// request any more, lets those in flight finish and be answered, and closes the
-// connections. When ctx ends before that it does what Close does, and returns
+// Shutdown ends the server in good order: it accepts no connection any more, answers
+// what clients have sent, and closes the connections. Through a unix socket every request
+// that was sent whole is answered. Over TCP it is as long as the client then pauses, for
+// 20 ms with nothing in flight; one that does not is served for a second more, and what
+// it sends in the last round trip is lost. When ctx ends before that it does what Close does, and returns
 // the error of ctx. It does not flush any backend.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stop()
