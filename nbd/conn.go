@@ -10,6 +10,7 @@ import (
 	"net"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 
@@ -51,7 +52,10 @@ type conn struct {
 	// Of the reader.
 	in       receiver
 	started  int        // workers
+	lone     int        // requests in sequence that came alone
+	itself   bool       // the reader has executed the last one
 	inFlight int        // requests, when the last one was admitted
+	unsent   int        // of them, those whose reply was not yet being sent
 	size     uint64     // of the export, as the client was told, or more
 	refused  bool       // an export, to the client
 	answered uint64     // mu.answered when active was last called
@@ -68,7 +72,10 @@ type conn struct {
 	flags      TransmissionFlags
 	readOnly   bool
 
-	work    chan *request // unbuffered: only an idle worker takes from it
+	work    chan *request // unbuffered: only an idle worker takes from it; theReading makes it the reader
+	over    chan error    // of capacity 1: why reading has ended
+	alone   atomic.Uint64 // one more when the reader begins to execute a request itself, and when that ends, or somebody else reads
+	seen    uint64        // alone, when readers were last looked at; guarded by Server.mu
 	rest    chan struct{} // capacity 1: the reader has left the sending to the goroutine of sendRest; nil: there is none
 	workers sync.WaitGroup
 	room    chan struct{} // capacity 1: requests have left flight
@@ -77,6 +84,7 @@ type conn struct {
 	mu struct {
 		sync.Mutex
 		requests int        // in flight
+		unsent   int        // of them, those whose reply is not being sent
 		answered uint64     // requests that are no longer in flight
 		ready    []*request // finished, to be sent
 		sending  bool       // a goroutine is in the loop of finish
@@ -122,11 +130,12 @@ func (c *conn) fail(err error) {
 // newConn returns the connection of nc, ready to serve. Its handshake's time
 // runs from now on.
 func newConn(s *Server, nc net.Conn) *conn {
-	c := &conn{s: s, nc: newLink(nc), work: make(chan *request), room: make(chan struct{}, 1)}
+	c := &conn{s: s, nc: newLink(nc), work: make(chan *request), over: make(chan error, 1), room: make(chan struct{}, 1)}
 	c.share.granted = make(chan struct{}, 1)
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
 	c.in.idle, c.in.active, c.in.waits = s.opts.IdleTimeout, c.active, c.flush
+	c.in.poller, c.in.quiet = &s.poller, c.quiet
 	return c
 }
 
@@ -139,7 +148,11 @@ func (c *conn) serve() error {
 		e := Event{Kind: EventOpen, Conn: c.id, Remote: remoteOf(c.nc.Conn), Export: c.export.Name}
 		e.TLS, e.Client = c.tlsName()
 		c.s.log(e)
-		err = c.transmit()
+		if c.nc.tls == nil { // which cannot tell when a write would block
+			c.prompt, _ = c.export.Backend.(PromptBackend)
+		}
+		c.workers.Go(func() { c.run(theReading) })
+		err = <-c.over
 		c.flush() // also for a client that has only closed its side
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
@@ -196,12 +209,12 @@ func (c *conn) linger() {
 	io.Copy(io.Discard, c.nc.Conn)
 }
 
+// errRelieved is the end of a reader whose connection somebody else reads by now.
+var errRelieved = errors.New("nbd: relieved")
+
 // transmit reads requests until the connection ends: with nil after DISC, with
-// errStopped, or with the reason of its death.
+// errStopped, or with the reason of its death; or until errRelieved.
 func (c *conn) transmit() error {
-	if c.nc.tls == nil { // which cannot tell when a write would block
-		c.prompt, _ = c.export.Backend.(PromptBackend)
-	}
 	size, decode := requestSize, decodeHeader
 	if c.agreed.mode >= ExtendedHeaders {
 		size, decode = requestExtSize, decodeExtended
@@ -255,11 +268,19 @@ func (c *conn) transmit() error {
 			c.answer(r)
 			continue
 		}
-		if c.executePromptly(r) {
+		c.count()
+		c.itself = true
+		switch {
+		case c.executePromptly(r):
 			c.answer(r)
-			continue
+		case c.lone >= loneMin:
+			if !c.executeAlone(r) {
+				return errRelieved
+			}
+		default:
+			c.itself = false
+			c.dispatch(r)
 		}
-		c.dispatch(r)
 	}
 }
 
@@ -310,7 +331,14 @@ func (c *conn) dispatch(r *request) {
 		return
 	}
 	c.started++
-	c.workers.Go(func() { c.worker(r) })
+	c.workers.Go(func() { c.run(r) })
+}
+
+// quiet implements receiver.quiet.
+func (c *conn) quiet() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.mu.requests == 0
 }
 
 // active implements receiver.active: a client that waits for an answer, or has
@@ -402,7 +430,8 @@ func (c *conn) admit(h header) (*request, error) {
 	m := &c.mu
 	m.Lock()
 	m.requests++
-	c.inFlight = m.requests
+	m.unsent++
+	c.inFlight, c.unsent = m.requests, m.unsent
 	var r *request
 	if n := len(m.free); n > 0 {
 		r, m.free = m.free[n-1], m.free[:n-1]
@@ -516,11 +545,16 @@ func (c *conn) abort(r *request) {
 	}
 }
 
-// worker executes r, and then what the reader has for it.
-func (c *conn) worker(r *request) {
+// run is the life of a worker: it executes r, and then what the reader has for it, or
+// becomes the reader.
+func (c *conn) run(r *request) {
 	for ok := true; ok; r, ok = <-c.work {
-		c.execute(r)
-		c.finish(r)
+		if r != theReading {
+			c.execute(r)
+			c.finish(r)
+		} else if err := c.transmit(); err != errRelieved {
+			c.over <- err
+		}
 	}
 }
 
@@ -747,6 +781,7 @@ func (c *conn) nextBatch() bool {
 	}
 	c.batch = append(c.batch, m.ready[:n]...)
 	m.ready = append(m.ready[:0], m.ready[n:]...)
+	m.unsent -= n
 	m.Unlock()
 	for _, r := range c.batch {
 		c.reply.append(r, c.agreed.mode)

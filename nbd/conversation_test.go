@@ -288,6 +288,7 @@ func converse(t *testing.T, stream []byte) {
 	}
 	nc := new(streamConn)
 	nc.in.Reset(stream)
+	defer s.Close()
 	err = newConn(s, nc).serve()
 	d.idle(t)
 	if n := s.Metrics().RequestsInFlight; n != 0 {

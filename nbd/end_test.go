@@ -70,6 +70,14 @@ var stages = []stage{
 		}
 		return rc
 	}, true},
+	{"executed by the reader", func(s *testServer, d *memDisk, g gate) rawConn {
+		d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+		rc := s.rawGo()
+		lonely(rc)
+		rc.request(CmdRead, 1, 0, 4096)
+		<-g.entered
+		return rc
+	}, true},
 	{"requests max", func(s *testServer, d *memDisk, g gate) rawConn {
 		d.onFlush = g.wait
 		rc := s.rawGo()

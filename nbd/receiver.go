@@ -80,6 +80,11 @@ type receiver struct {
 	until  time.Time // drainMax after request has seen stop; zero: it has not
 	closed bool      // the client cannot send any more: behind what it has sent is the end
 
+	poller *poller
+	quiet  func() bool // tells that nothing is in flight
+	slept  bool        // the last request was not there yet when it was asked for
+	quick  bool        // and came so soon that it is worth to poll for the next
+
 	waited bool // for bytes; whoever asks resets it. Not noted of TLS, nor inside a header
 
 	// The state of a readv, so that none allocates.
@@ -169,6 +174,7 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 // valid until the next call. It returns errStopped after stop, errIdle when none
 // came for too long, and io.EOF if the connection ended between two requests.
 func (rc *receiver) request(size int) ([]byte, error) {
+	rc.slept = false
 	for {
 		if rc.stopped() && rc.late() {
 			return nil, errStopped
@@ -184,14 +190,7 @@ func (rc *receiver) request(size int) ([]byte, error) {
 				continue // with what has come in between
 			}
 			rc.waits()
-			if err := rc.armIdle(); err != nil {
-				return nil, err
-			}
-			var p []byte
-			if rc.raw == nil {
-				p = rc.buf
-			}
-			n, err = rc.await(p) // which notes if it waits
+			n, err = rc.sleep()
 		}
 		rc.w = n
 		switch {
@@ -206,6 +205,28 @@ func (rc *receiver) request(size int) ([]byte, error) {
 			return nil, errIdle
 		}
 	}
+}
+
+// sleep waits for a request, and reads at least one byte into buf. What it polls for
+// counts as waited for: others have a processor meanwhile.
+func (rc *receiver) sleep() (int, error) {
+	rc.slept = true
+	begin := time.Now()
+	n, ok, polled, err := rc.poll()
+	rc.waited = rc.waited || ok
+	if !ok {
+		if err := rc.armIdle(); err != nil {
+			return 0, err
+		}
+		var p []byte
+		if rc.raw == nil {
+			p = rc.buf
+		}
+		n, err = rc.await(p) // which notes if it waits
+	}
+	// Without polling it has taken as long as the client, and as long as to wake up.
+	rc.quick = ok || !polled && time.Since(begin) < 2*rc.poller.limit
+	return n, err
 }
 
 // late reports, after stop, whether what the client sends is left unread now.

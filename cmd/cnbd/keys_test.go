@@ -6,6 +6,7 @@ import (
 	"bytes"
 	endian "encoding/binary"
 	"errors"
+	"fmt"
 	"go/ast"
 	"go/parser"
 	"go/token"
@@ -207,6 +208,22 @@ var pairs = []pair{
 	{"expiry", []string{noCommit, "--writeback-period=100ms"}, []row{
 		{"writeback-expire", "10ms", func(t *testing.T, plain, other *twin) { writtenBack(t, other, plain, block.Size) }},
 	}},
+	{"clients", nil, []row{
+		{"busy-poll", "10ms", func(t *testing.T, plain, other *twin) {
+			var used [2]float64 // s of the processors
+			for i, s := range []*twin{plain, other} {
+				used[i] = -s.metric(t, "process_cpu_seconds_total")
+				for range 200 {
+					s.flush(t)
+					time.Sleep(2 * time.Millisecond) // longer than the one looks, and shorter than the other
+				}
+				used[i] += s.metric(t, "process_cpu_seconds_total")
+			}
+			if used[1] < 3*max(used[0], 0.02) {
+				t.Errorf("200 requests took %.2f s of the processors with the default, and %.2f s when each is looked for", used[0], used[1])
+			}
+		}},
+	}},
 	{"store", nil, []row{
 		{"exports.codec", "none", func(t *testing.T, plain, other *twin) {
 			for _, s := range []*twin{plain, other} {
@@ -254,6 +271,17 @@ var pairs = []pair{
 			}
 		}},
 	}},
+}
+
+// metric is the value of a metric without labels.
+func (s *twin) metric(t *testing.T, name string) (v float64) {
+	t.Helper()
+	_, all := get(t, s.dir+"/metrics", "/metrics")
+	_, rest, ok := strings.Cut(all, "\n"+name+" ")
+	if _, err := fmt.Sscan(rest, &v); !ok || err != nil {
+		t.Fatalf("no metric %s: %v", name, err)
+	}
+	return v
 }
 
 // writtenBack writes n bytes to both, waits until they are in the backing of soon, and

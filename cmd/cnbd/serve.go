@@ -151,7 +151,10 @@ func (s *serving) run(stdout io.Writer, stop, hup <-chan os.Signal) error {
 	opts := nbd.Options{
 		DefaultExport: c.DefaultExport, ListOff: !c.ListExports,
 		ConnectionsMax: c.ConnectionsMax, RequestsMax: c.RequestsMax, BytesMax: uint64(c.Payload),
-		HandshakeTimeout: c.HandshakeTimeout, StallTimeout: c.StallTimeout, IdleTimeout: c.IdleTimeout, Log: s.event,
+		HandshakeTimeout: c.HandshakeTimeout, StallTimeout: c.StallTimeout, IdleTimeout: c.IdleTimeout, BusyPoll: c.BusyPoll, Log: s.event,
+	}
+	if c.BusyPoll == 0 {
+		opts.BusyPoll = -1 // 0 is the default
 	}
 	if c.TLS != config.TLSOff {
 		certs, err := nbd.LoadCertificates(c.TLSCertificates, c.TLSVerifyPeer, func(err error) { s.log.Error().Err(err).Msg("certificates") })
