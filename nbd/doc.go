@@ -32,6 +32,12 @@
 // few. It sends as much of them as the socket takes, and leaves the rest to a
 // goroutine: it never waits for the client to read, which may be writing.
 //
+// To wake a goroutine takes longer than many a request. So the reader executes all
+// requests of a client that has one in flight at a time, and looks for the next one for
+// BusyPoll before it sleeps (lone.go). It does not keep the next one waiting for that:
+// who executes for longer than a millisecond is relieved, and a worker is the
+// reader from then on. There is always one, or the one who relieves it.
+//
 // The payload of a WRITE is received into memory of the backend: its
 // [Backend.PrepareWrite] admits it, and it is the reader that waits there while
 // memory or the dirty limit is short; [PendingWrite] then hands memory out as

@@ -151,7 +151,7 @@ func TestLoneAndManyByTurns(t *testing.T) {
 	d.onRead = func(context.Context, uint64) error { slow(); return nil }
 	d.onFlush = func(context.Context) error { slow(); return nil }
 	rc := serveDisk(t, d).rawGo()
-	for cookie := uint64(0); cookie < 5000; {
+	for cookie := uint64(0); cookie < 3000; {
 		depth := 1
 		if rng.IntN(3) == 0 {
 			depth = 1 + rng.IntN(20)
