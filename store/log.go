@@ -98,10 +98,9 @@ type log struct {
 }
 
 const (
-	// Zeros are written ahead by zeroAhead bytes, zeroPiece at a time, once
+	// Zeros are written ahead by zeroAhead bytes at a time, once
 	// Options.ZeroCommits commits in sequence were of at most zeroCommit bytes each.
 	zeroAhead  = 1 << 20
-	zeroPiece  = 256 << 10
 	zeroCommit = 64 << 10
 )
 
@@ -261,7 +260,7 @@ func (l *log) zeroLocked() {
 	w := &l.written
 	base := l.segments.base(w.segment)
 	from := max(w.zeros, (w.end+alignment-1)&^(alignment-1))
-	n := min(zeroPiece, w.goal-from, base+int64(l.segments.size)-from)
+	n := min(zeroAhead, w.goal-from, base+int64(l.segments.size)-from)
 	if n <= 0 || w.err != nil || !w.fresh {
 		w.goal = 0
 		w.cond.Broadcast()
@@ -279,7 +278,7 @@ func (l *log) zeroLocked() {
 	w.cond.Broadcast()
 }
 
-var zeroAheads [zeroPiece]byte
+var zeroAheads [zeroAhead]byte
 
 // settle has no zeros written ahead any more.
 func (l *log) settle() {
