@@ -71,7 +71,7 @@ func (c *Config) validate(fs *faults) {
 	fs.add("idle-timeout", within(c.IdleTimeout, 0, 8760*time.Hour))
 	fs.add("connections-max", within(c.ConnectionsMax, 1, 65536))
 	fs.add("requests-max", within(c.RequestsMax, 1, 4096))
-	fs.add("busy-poll", within(c.BusyPoll, 0, 10*time.Millisecond))
+	fs.add("busy-poll", within(c.BusyPoll, 0, time.Millisecond))
 	fs.add("oom-score-adjust", within(c.OOMScoreAdjust, -1000, 0))
 	fs.add("log-level", oneOf(c.LogLevel, logLevels))
 	fs.add("log-format", oneOf(c.LogFormat, logFormats))

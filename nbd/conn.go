@@ -88,6 +88,7 @@ type conn struct {
 		answered uint64     // requests that are no longer in flight
 		ready    []*request // finished, to be sent
 		sending  bool       // a goroutine is in the loop of finish
+		holding  bool       // nothing is sent
 		free     []*request // for reuse, at most as many as there were in flight
 	}
 
@@ -135,7 +136,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
 	c.in.idle, c.in.active, c.in.waits = s.opts.IdleTimeout, c.active, c.flush
-	c.in.poller, c.in.quiet = &s.poller, c.quiet
+	c.in.poller, c.in.quiet, c.in.hold = &s.poller, c.quiet, c.hold
 	return c
 }
 
@@ -154,6 +155,7 @@ func (c *conn) serve() error {
 		c.workers.Go(func() { c.run(theReading) })
 		err = <-c.over
 		c.flush() // also for a client that has only closed its side
+		c.release()
 		if err != nil && !errors.Is(err, errStopped) {
 			c.fail(err)
 		}
@@ -348,7 +350,11 @@ func (c *conn) active() bool {
 	defer c.mu.Unlock()
 	was := c.answered
 	c.answered = c.mu.answered
-	return c.mu.requests > 0 || c.answered != was
+	unanswered := c.mu.requests
+	if c.mu.holding {
+		unanswered -= len(c.mu.ready)
+	}
+	return unanswered > 0 || c.answered != was
 }
 
 // check enters the error of a request that can be told from its header: the
@@ -412,6 +418,7 @@ func (c *conn) awaitInFlight(n int) error {
 			return nil
 		}
 		c.flush()
+		c.release()
 		select {
 		case <-c.room:
 		case <-c.ctx.Done():
@@ -454,6 +461,7 @@ func (c *conn) admit(h header) (*request, error) {
 		}
 		if !c.s.budget.tryTake(&c.share, r) {
 			c.flush() // what it holds may be what r waits for
+			c.release()
 			if err := c.s.budget.take(c.ctx, &c.share, r); err != nil {
 				r.errno = ESHUTDOWN
 				c.finish(r)
@@ -699,10 +707,37 @@ func (c *conn) flush() {
 	m := &c.mu
 	m.Lock()
 	m.ready = append(m.ready, c.done...)
-	sending := m.sending
-	m.sending = true
 	m.Unlock()
 	c.done, c.doneLen = c.done[:0], 0
+	c.begin()
+}
+
+// hold implements receiver.hold: nothing is sent until release. The client waits
+// for everything by and by, so whoever has to wait for a reply to leave calls that.
+func (c *conn) hold() {
+	c.mu.Lock()
+	c.mu.holding = true
+	c.mu.Unlock()
+}
+
+// release ends hold.
+func (c *conn) release() {
+	c.mu.Lock()
+	holding := c.mu.holding
+	c.mu.holding = false
+	c.mu.Unlock()
+	if holding {
+		c.begin()
+	}
+}
+
+// begin sends what the socket takes at once of the replies that are queued, unless
+// somebody is sending.
+func (c *conn) begin() {
+	c.mu.Lock()
+	sending := c.mu.sending
+	c.mu.sending = true
+	c.mu.Unlock()
 	if sending || c.sendReady(false) {
 		return
 	}
@@ -765,12 +800,12 @@ func (c *conn) sendReady(wait bool) bool {
 }
 
 // nextBatch moves replies that are queued to the batch, and encodes them. Without
-// any the caller is not sending any more.
+// any, or while they are held, the caller is not sending any more.
 func (c *conn) nextBatch() bool {
 	m := &c.mu
 	m.Lock()
 	n, bytes := 0, uint64(0)
-	for n < len(m.ready) && (n == 0 || bytes+m.ready[n].dataLen() <= sendBytesMax) {
+	for !m.holding && n < len(m.ready) && (n == 0 || bytes+m.ready[n].dataLen() <= sendBytesMax) {
 		bytes += m.ready[n].dataLen()
 		n++
 	}

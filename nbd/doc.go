@@ -84,10 +84,10 @@
 //
 // DISC and [Server.Shutdown] end it in good order: what has been sent by then is read,
 // finishes and is answered. NBD has no word for a server that wants to stop, and the Linux
-// client waits for answers as long as its timeout is. So Shutdown first makes an end of
-// sending, which a unix socket can tell exactly (shutdown(2) of the reading side: what was
-// sent stays readable, and what comes later fails at its sender), and TCP cannot: there
-// the server awaits a pause. Anything else (end of file, an error
+// client waits for answers as long as its timeout is, two minutes. So the server holds answers
+// back until the client waits for them and sends nothing, and before it gives them it makes
+// an end of sending, as a unix socket can (shutdown(2) of the reading side: what was sent
+// stays readable, and what comes later fails at its sender); see receiver.stop. Anything else (end of file, an error
 // of the socket, a broken header, a stalled client, [Server.Close]) is its death:
 // its context is cancelled, the socket is closed, pending writes that have not
 // begun to commit are aborted.

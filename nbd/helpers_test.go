@@ -415,6 +415,21 @@ func rawDial(t testing.TB, network, address string) rawConn {
 // closeWrite closes the client's side.
 func (rc rawConn) closeWrite() { rc.Conn.(interface{ CloseWrite() error }).CloseWrite() }
 
+// giveUp shuts the socket down in both directions, as Linux and QEMU do when sending
+// fails, so that what the server sends from then on is lost.
+func (rc rawConn) giveUp() {
+	nc := rc.Conn
+	if tc, ok := nc.(*tls.Conn); ok {
+		nc = tc.NetConn()
+	}
+	both := nc.(interface {
+		CloseRead() error
+		CloseWrite() error
+	})
+	both.CloseRead()
+	both.CloseWrite()
+}
+
 // rawTLS connects, and begins with TLS if the server's clients use it.
 func (s *testServer) rawTLS() rawConn {
 	s.t.Helper()

@@ -33,7 +33,7 @@ const (
 	busyPollDefault = 50 * time.Microsecond
 
 	// busyPollMax is what may be asked for.
-	busyPollMax = 10 * time.Millisecond
+	busyPollMax = time.Millisecond
 )
 
 // A reliever is what readers need of the goroutine that relieves them.

@@ -29,7 +29,7 @@ const (
 	// that nothing is on its way: many round trips of a local network.
 	drainQuiet = 20 * time.Millisecond
 
-	// drainMax bounds how long a server that stops goes on for clients that do not pause.
+	// drainMax bounds how long a server that stops reads on for a client that is not quiet.
 	drainMax = time.Second
 
 	// iovMax is the kernel's limit (UIO_MAXIOV) of segments in one call.
@@ -77,7 +77,8 @@ type receiver struct {
 	deadline  time.Time // that deadline
 	timed     bool      // nc may have a read deadline
 
-	until  time.Time // drainMax after request has seen stop; zero: it has not
+	until  time.Time // drainMax after the first request that came after stop; zero: none has
+	hold   func()    // has answers held back
 	closed bool      // the client cannot send any more: behind what it has sent is the end
 
 	poller *poller
@@ -131,10 +132,13 @@ func (rc *receiver) init(nc net.Conn, stall time.Duration, deadline time.Time) {
 }
 
 // stop makes the handshake end with errStopped, or request when all that the client
-// has sent was received. From a unix socket that is exact: the client cannot send any
-// more once there is nothing left. Others have to be quiet for drainQuiet, with nothing
-// in flight, for what they send is on its way for a while. A client that does not
-// pause has drainMax. It may be called from any goroutine, more than once.
+// has sent was received and executed, at a moment when it sends nothing: a client whose
+// sending fails may not look at what it is answered. (Linux and QEMU shut the socket
+// down in both directions.) So answers are held back from now on. When the client has
+// been quiet for drainQuiet, and everything is executed, a unix socket is made to refuse
+// what it would send; then it gets its answers. One that is not quiet for drainMax,
+// whatever it waits for, may lose some. stop may be called from any goroutine, more
+// than once.
 func (rc *receiver) stop() {
 	rc.mu.Lock()
 	defer rc.mu.Unlock()
@@ -176,19 +180,19 @@ func (rc *receiver) startTLS(tc *tls.Conn) error {
 func (rc *receiver) request(size int) ([]byte, error) {
 	rc.slept = false
 	for {
-		if rc.stopped() && rc.late() {
-			return nil, errStopped
+		if rc.stopped() {
+			rc.hold() // anew: who had to wait has released what was held
 		}
 		if rc.r < rc.w {
+			if rc.stopped() && rc.late() {
+				return nil, errStopped
+			}
 			return rc.next(size)
 		}
 		rc.r, rc.w = 0, 0
 		rc.iov = appendIovec(rc.iov[:0], rc.buf)
 		n, ok, err := rc.try()
 		if !ok {
-			if rc.stopped() && rc.closeRead() {
-				continue // with what has come in between
-			}
 			rc.waits()
 			n, err = rc.sleep()
 		}
@@ -198,7 +202,7 @@ func (rc *receiver) request(size int) ([]byte, error) {
 		case !errors.Is(err, os.ErrDeadlineExceeded):
 			return nil, rc.ended(err)
 		case rc.stopped():
-			if !rc.again(err) && !rc.active() {
+			if !rc.again(err) && !rc.active() && !rc.closeRead() {
 				return nil, errStopped
 			}
 		case !rc.active():
@@ -208,7 +212,7 @@ func (rc *receiver) request(size int) ([]byte, error) {
 }
 
 // sleep waits for a request, and reads at least one byte into buf. What it polls for
-// counts as waited for: others have a processor meanwhile.
+// counts as waited for: one client at a time is polled for.
 func (rc *receiver) sleep() (int, error) {
 	rc.slept = true
 	begin := time.Now()
@@ -229,7 +233,7 @@ func (rc *receiver) sleep() (int, error) {
 	return n, err
 }
 
-// late reports, after stop, whether what the client sends is left unread now.
+// late reports, after stop, whether what the client still sends is left unread now.
 func (rc *receiver) late() bool {
 	switch {
 	case rc.until.IsZero():

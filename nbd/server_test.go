@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -353,9 +354,9 @@ func TestShutdownAnswersWhatWasSent(t *testing.T) {
 	}
 }
 
-// Clients that never pause: what could be sent whole is answered, through a unix socket
-// without exception, and what could not be is not done. TCP cannot tell when the server
-// has read for the last time, but loses no answer.
+// Clients that never pause, and look at nothing any more when they cannot send: what they
+// could send whole is answered, through a unix socket without exception, and what they
+// could not is not done. TCP cannot tell when the server has read for the last time.
 func TestShutdownOfBusyClients(t *testing.T) {
 	dirs := newCertDirs(t)
 	for _, network := range []string{"unix", "unix, TLS", "tcp"} {
@@ -391,6 +392,7 @@ func TestShutdownOfBusyClients(t *testing.T) {
 						}
 						b := header{cmd: CmdWrite, cookie: n, off: place(n), n: uint64(length)}.appendTo(nil)
 						if _, err := rc.Write(append(b, bytes.Repeat([]byte{mark(n)}, length)...)); err != nil {
+							rc.giveUp()
 							return
 						}
 					}
@@ -399,9 +401,6 @@ func TestShutdownOfBusyClients(t *testing.T) {
 					var answered uint64
 					for b := make([]byte, simpleReplySize); ; <-slots {
 						if _, err := io.ReadFull(rc, b); err != nil {
-							if err != io.EOF {
-								t.Errorf("client %d: %v", c, err)
-							}
 							break
 						}
 						if e, cookie, _ := decodeSimpleReply(b); e != 0 {
@@ -428,6 +427,76 @@ func TestShutdownOfBusyClients(t *testing.T) {
 			}
 			clients.Wait()
 		})
+	}
+}
+
+// A client that sends while something else is in flight at the stop, and would give up if
+// it could not.
+func TestShutdownGoesOn(t *testing.T) {
+	d := newMemDisk(1 << 20)
+	g := newGate()
+	d.onFlush = g.wait
+	s := serveDisk(t, d)
+	rc := s.rawGo()
+	rc.request(CmdFlush, 1, 0, 0)
+	<-g.entered
+	down := make(chan error, 1)
+	go func() { down <- s.Shutdown(t.Context()) }()
+	<-s.stopping
+	for end := time.Now().Add(3 * drainQuiet); time.Now().Before(end); {
+		runtime.Gosched()
+	}
+	for i := range uint64(20) {
+		rc.request(CmdRead, 2+i, 0, 512)
+	}
+	g.open(1)
+	seen := uint64(0)
+	for range 21 {
+		e, cookie := rc.reply()
+		if seen += cookie; e != 0 {
+			t.Errorf("%v for %d", e, cookie)
+		}
+		if cookie > 1 {
+			rc.get(512)
+		}
+	}
+	if seen != 21*22/2 {
+		t.Errorf("the cookies of the answers have a sum of %d", seen)
+	}
+	rc.eof()
+	if err := <-down; err != nil {
+		t.Error(err)
+	}
+}
+
+// A stop just before the reader sleeps ends with the client unable to send.
+func TestStopBeforeSleep(t *testing.T) {
+	l, err := net.Listen("unix", socketDir(t)+"/s")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	client, err := net.Dial("unix", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer client.Close()
+	nc, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	rc := receiver{
+		poller: new(poller),
+		quiet:  func() bool { return true }, active: func() bool { return false }, hold: func() {},
+	}
+	rc.waits = rc.stop
+	rc.init(nc, time.Minute, time.Time{})
+	if _, err := rc.request(requestSize); err != errStopped {
+		t.Error(err)
+	}
+	if _, err := client.Write(make([]byte, requestSize)); !errors.Is(err, syscall.EPIPE) {
+		t.Errorf("a request that nobody reads could be sent: %v", err)
 	}
 }
 
@@ -714,6 +783,7 @@ func TestAbusiveClients(t *testing.T) {
 	close(stop)
 	group.Wait()
 	eventually(t, "the abusive are gone", func() bool { return s.Metrics().Connections == 1 })
+	eventually(t, "the last answer is released", func() bool { return d.payloads.Load() == 0 })
 	d.idle(t)
 
 	// Rubbish in good form is answered, all of it.

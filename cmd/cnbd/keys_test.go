@@ -209,18 +209,18 @@ var pairs = []pair{
 		{"writeback-expire", "10ms", func(t *testing.T, plain, other *twin) { writtenBack(t, other, plain, block.Size) }},
 	}},
 	{"clients", nil, []row{
-		{"busy-poll", "10ms", func(t *testing.T, plain, other *twin) {
+		{"busy-poll", "1ms", func(t *testing.T, plain, other *twin) {
 			var used [2]float64 // s of the processors
 			for i, s := range []*twin{plain, other} {
 				used[i] = -s.metric(t, "process_cpu_seconds_total")
-				for range 200 {
+				for range 500 {
 					s.flush(t)
-					time.Sleep(2 * time.Millisecond) // longer than the one looks, and shorter than the other
+					time.Sleep(400 * time.Microsecond) // longer than the one looks, and shorter than the other
 				}
 				used[i] += s.metric(t, "process_cpu_seconds_total")
 			}
 			if used[1] < 3*max(used[0], 0.02) {
-				t.Errorf("200 requests took %.2f s of the processors with the default, and %.2f s when each is looked for", used[0], used[1])
+				t.Errorf("500 requests took %.2f s of the processors with the default, and %.2f s when each is looked for", used[0], used[1])
 			}
 		}},
 	}},
