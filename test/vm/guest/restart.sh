@@ -21,6 +21,22 @@ export_live() {
 		check_filesystem ext4 "$copy" && rm "$copy"
 }
 step 'exported in use, what was synced before is in it, sound' export_live
+# Requests that are always on their way: writes of some hundred KiB, and small reads.
+loads=()
+load_writes() {
+	while [ ! -e /tmp/stop-loads ]; do
+		dd if=/usr/lib/x86_64-linux-gnu/libc.so.6 of="/mnt/ext4/load-$1" bs=256k oflag=direct status=none || return
+	done
+}
+load_reads() {
+	while [ ! -e /tmp/stop-loads ]; do
+		dd if=/dev/nbd0 of=/dev/null bs=4k count=500 skip=$((RANDOM * 3)) iflag=direct status=none || return
+	done
+}
+for n in 1 2; do
+	load_writes "$n" & loads+=($!)
+	load_reads & loads+=($!)
+done
 for n in 1 2 3; do
 	step "restart $n" systemctl restart cnbd.service
 	step 'files are synced' more
@@ -31,6 +47,10 @@ step 'files are synced' more
 journalctl -b -u cnbd-attach@nbd0.service -o cat --no-pager | grep 'connected again' | while read -r line; do say "note $line"; done
 again() { [ "$(journalctl -b -u cnbd-attach@nbd0.service -o cat --no-pager | grep -c 'connected again')" -ge 4 ]; }
 step 'connected again each time' again
+
+touch /tmp/stop-loads
+loaded() { for pid in "${loads[@]}"; do wait "$pid" || return; done; }
+step 'the loads have met no error' loaded
 
 grow() {
 	cnbd resize --size 800MiB --config /etc/cnbd/cnbd.yaml ext4 && cnbd attach --resize /dev/nbd0 "$(uri ext4)" &&
