@@ -270,7 +270,7 @@ func (c *conn) transmit() error {
 			c.answer(r)
 			continue
 		}
-		c.count()
+		c.countLone()
 		c.itself = true
 		switch {
 		case c.executePromptly(r):
@@ -709,7 +709,7 @@ func (c *conn) flush() {
 	m.ready = append(m.ready, c.done...)
 	m.Unlock()
 	c.done, c.doneLen = c.done[:0], 0
-	c.begin()
+	c.sendQueued()
 }
 
 // hold implements receiver.hold: nothing is sent until release. The client waits
@@ -727,13 +727,13 @@ func (c *conn) release() {
 	c.mu.holding = false
 	c.mu.Unlock()
 	if holding {
-		c.begin()
+		c.sendQueued()
 	}
 }
 
-// begin sends what the socket takes at once of the replies that are queued, unless
+// sendQueued sends what the socket takes at once of the replies that are queued, unless
 // somebody is sending.
-func (c *conn) begin() {
+func (c *conn) sendQueued() {
 	c.mu.Lock()
 	sending := c.mu.sending
 	c.mu.sending = true

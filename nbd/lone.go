@@ -119,10 +119,10 @@ func (c *conn) relieveReader(n uint64) {
 // theReading takes the place of a request for who is to read the connection.
 var theReading = new(request)
 
-// count counts the request last admitted and received, if its client was waiting for
+// countLone counts the request last admitted and received, if its client was waiting for
 // nothing else when it sent it. One that is there already when the reader has executed
 // the one before was sent before that was answered. Through TLS that cannot be told.
-func (c *conn) count() {
+func (c *conn) countLone() {
 	if c.unsent == 1 && c.in.buffered() == 0 && (c.in.slept || !c.itself) && c.in.raw != nil {
 		c.lone++
 	} else {

@@ -118,9 +118,10 @@ type Options struct {
 
 	// BusyPoll is how long the server looks for the next request of a client that has
 	// none in flight, before it sleeps: on many machines, virtual ones most of all,
-	// waking up takes longer than a small request. It does so for one client at a time, and only as long as clients are that quick; meanwhile
-	// it uses a processor, for which others have to wait when all are busy. At most 1 ms; default 50 us; negative means never. With a
-	// single processor it never does.
+	// waking up takes longer than a small request. It does so for one client at a
+	// time, and only as long as clients are that quick; meanwhile it uses a
+	// processor, for which others have to wait when all are busy. With a single one
+	// it never does. At most 1 ms; default 50 us; negative means never.
 	BusyPoll time.Duration
 
 	// Log is called for what operators may want to know; nil means nobody
@@ -479,11 +480,11 @@ func (s *Server) stop() {
 }
 
 // Shutdown ends the server in good order: it accepts no connection any more, executes
-// what clients have sent and send, and holds the answers back. When a client has sent nothing for 20 ms,
-// and all is executed, it is kept from sending more, as far as a unix socket can, gets its
-// answers, and its connection is closed. One that sends without a pause for a second,
-// whatever it waits for, may lose answers, and so may one over TCP that sends in just
-// that moment. When ctx ends before that it does what Close does, and returns
+// what clients have sent and send, and holds the answers back. When a client has sent
+// nothing for 20 ms, and all is executed, it is kept from sending more, as far as a unix
+// socket can, gets its answers, and its connection is closed. One that sends without a
+// pause for a second, whatever it waits for, may lose answers, and so may one over TCP
+// that sends in just that moment. When ctx ends before that it does what Close does, and returns
 // the error of ctx. It does not flush any backend.
 func (s *Server) Shutdown(ctx context.Context) error {
 	s.stop()
