@@ -1,6 +1,7 @@
 package nbd
 
 import (
+	"cmp"
 	"container/list"
 	"context"
 	"encoding/binary"
@@ -9,6 +10,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -136,7 +138,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
 	c.in.idle, c.in.active, c.in.waits = s.opts.IdleTimeout, c.active, c.flush
-	c.in.poller, c.in.quiet, c.in.hold = &s.poller, c.quiet, c.hold
+	c.in.poller, c.in.quiet, c.in.hold, c.in.release = &s.poller, c.quiet, c.hold, c.release
 	return c
 }
 
@@ -720,11 +722,15 @@ func (c *conn) hold() {
 	c.mu.Unlock()
 }
 
-// release ends hold.
+// release ends hold. Short replies go first: those that the socket takes at once are
+// not lost whatever the client does.
 func (c *conn) release() {
 	c.mu.Lock()
 	holding := c.mu.holding
 	c.mu.holding = false
+	if holding {
+		slices.SortStableFunc(c.mu.ready, func(a, b *request) int { return cmp.Compare(a.dataLen(), b.dataLen()) })
+	}
 	c.mu.Unlock()
 	if holding {
 		c.sendQueued()

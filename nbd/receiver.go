@@ -77,9 +77,10 @@ type receiver struct {
 	deadline  time.Time // that deadline
 	timed     bool      // nc may have a read deadline
 
-	until  time.Time // drainMax after the first request that came after stop; zero: none has
-	hold   func()    // has answers held back
-	closed bool      // the client cannot send any more: behind what it has sent is the end
+	until   time.Time // drainMax after the first request that came after stop; zero: none has
+	hold    func()    // has answers held back
+	release func()    // has them sent
+	closed  bool      // the client cannot send any more: behind what it has sent is the end
 
 	poller *poller
 	quiet  func() bool // tells that nothing is in flight
@@ -254,6 +255,7 @@ func (rc *receiver) closeRead() bool {
 		return false
 	}
 	rc.closed = true
+	rc.release() // now: the sooner it is answered, the less can the client want to send before
 	return true
 }
 
