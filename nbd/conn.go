@@ -138,7 +138,7 @@ func newConn(s *Server, nc net.Conn) *conn {
 	c.ctx, c.cancel = context.WithCancelCause(context.Background())
 	c.in.init(nc, s.opts.StallTimeout, time.Now().Add(s.opts.HandshakeTimeout))
 	c.in.idle, c.in.active, c.in.waits = s.opts.IdleTimeout, c.active, c.flush
-	c.in.poller, c.in.quiet, c.in.hold, c.in.release = &s.poller, c.quiet, c.hold, c.release
+	c.in.poller, c.in.hold, c.in.release = &s.poller, c.hold, c.release
 	return c
 }
 
@@ -336,13 +336,6 @@ func (c *conn) dispatch(r *request) {
 	}
 	c.started++
 	c.workers.Go(func() { c.run(r) })
-}
-
-// quiet implements receiver.quiet.
-func (c *conn) quiet() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.mu.requests == 0
 }
 
 // active implements receiver.active: a client that waits for an answer, or has

@@ -146,22 +146,23 @@ func (c *conn) executeAlone(r *request) bool {
 	return true
 }
 
-// A poller bounds those who poll to one: as many as there are clients could take the
-// processors from them.
+// A poller bounds those who poll to one, and to when the server has nothing else to do:
+// as many as there are clients could take the processors from them.
 type poller struct {
-	limit time.Duration // of one look; not positive: nobody polls
-	taken atomic.Bool
+	limit    time.Duration // of one look; not positive: nobody polls
+	inFlight *atomic.Int64 // requests of all connections
+	taken    atomic.Bool
 }
 
 // poll looks for what comes next until it is there, or rc's client takes too long, or
-// stop was called. It reports ok as try does; polled is false if it has not looked.
+// another asks for something, or stop was called. It reports ok as try does; polled is false if it has not looked.
 func (rc *receiver) poll() (n int, ok, polled bool, err error) {
 	p := rc.poller
-	if rc.raw == nil || !rc.quick || !rc.quiet() || !p.taken.CompareAndSwap(false, true) {
+	if rc.raw == nil || !rc.quick || p.inFlight.Load() > 0 || !p.taken.CompareAndSwap(false, true) {
 		return 0, false, false, nil
 	}
 	defer p.taken.Store(false)
-	for begin := time.Now(); !ok && !rc.stopped() && time.Since(begin) < p.limit; {
+	for begin := time.Now(); !ok && p.inFlight.Load() == 0 && !rc.stopped() && time.Since(begin) < p.limit; {
 		n, ok, err = rc.try()
 	}
 	return n, ok, true, err

@@ -185,10 +185,13 @@ func TestLoneAndManyByTurns(t *testing.T) {
 	}
 }
 
-// Who polls is found by a quick client's next request, and one client at a time is polled for.
+// A quick client is polled for, and none while another has something in flight.
 func TestBusyPoll(t *testing.T) {
 	for _, off := range []bool{false, true} {
-		opts := Options{Exports: []Export{{Backend: newMemDisk(1 << 20)}}, BusyPoll: busyPollMax}
+		d := newMemDisk(1 << 20)
+		g := newGate()
+		d.onRead = func(ctx context.Context, _ uint64) error { return g.wait(ctx) }
+		opts := Options{Exports: []Export{{Backend: d}}, BusyPoll: busyPollMax}
 		if off {
 			opts.BusyPoll = -1
 		}
@@ -206,6 +209,18 @@ func TestBusyPoll(t *testing.T) {
 			t.Errorf("BusyPoll %v: polled %v", opts.BusyPoll, polled)
 		}
 		eventually(t, "nobody polls for idle clients", func() bool { return !s.poller.taken.Load() })
+		b.request(CmdRead, 1, 0, 512)
+		<-g.entered
+		for range 200 {
+			a.request(CmdFlush, 0, 0, 0)
+			a.reply()
+			if s.poller.taken.Load() {
+				t.Error("one is polled for while another waits")
+			}
+		}
+		g.open(1)
+		b.reply()
+		b.get(512)
 	}
 }
 

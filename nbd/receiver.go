@@ -83,9 +83,8 @@ type receiver struct {
 	closed  bool      // the client cannot send any more: behind what it has sent is the end
 
 	poller *poller
-	quiet  func() bool // tells that nothing is in flight
-	slept  bool        // the last request was not there yet when it was asked for
-	quick  bool        // and came so soon that it is worth to poll for the next
+	slept  bool // the last request was not there yet when it was asked for
+	quick  bool // and came so soon that it is worth to poll for the next
 
 	waited bool // for bytes; whoever asks resets it. Not noted of TLS, nor inside a header
 

@@ -119,9 +119,9 @@ type Options struct {
 	// BusyPoll is how long the server looks for the next request of a client that has
 	// none in flight, before it sleeps: on many machines, virtual ones most of all,
 	// waking up takes longer than a small request. It does so for one client at a
-	// time, and only as long as clients are that quick; meanwhile it uses a
-	// processor, for which others have to wait when all are busy. With a single one
-	// it never does. At most 1 ms; default 50 us; negative means never.
+	// time, while no other wants anything, and only as long as clients are that
+	// quick; meanwhile it uses a processor, for which others have to wait when all
+	// are busy. With a single one it never does. At most 1 ms; default 50 us; negative means never.
 	BusyPoll time.Duration
 
 	// Log is called for what operators may want to know; nil means nobody
@@ -299,6 +299,7 @@ func NewServer(opts Options) (*Server, error) {
 	if err := s.turns.init(); err != nil {
 		return nil, err
 	}
+	s.poller.inFlight = &s.counters.inFlight
 	if min(runtime.NumCPU(), runtime.GOMAXPROCS(0)) > 1 {
 		s.poller.limit = s.opts.BusyPoll
 	}

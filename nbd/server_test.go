@@ -487,8 +487,8 @@ func TestStopBeforeSleep(t *testing.T) {
 	}
 	defer nc.Close()
 	rc := receiver{
-		poller: new(poller),
-		quiet:  func() bool { return true }, active: func() bool { return false }, hold: func() {}, release: func() {},
+		poller: &poller{inFlight: new(atomic.Int64)},
+		active: func() bool { return false }, hold: func() {}, release: func() {},
 	}
 	rc.waits = rc.stop
 	rc.init(nc, time.Minute, time.Time{})
