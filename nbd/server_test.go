@@ -476,16 +476,7 @@ func TestStopBeforeSleep(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	client, err := net.Dial("unix", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer client.Close()
-	nc, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
+	client, nc := connected(t, l)
 	rc := receiver{
 		poller: &poller{inFlight: new(atomic.Int64)},
 		active: func() bool { return false }, hold: func() {}, release: func() {},
