@@ -22,7 +22,12 @@ put() { # not synced: the end of the system does that
 last_end() { # as the journal of the boot before has it
 	journalctl -b -1 --no-pager -o short-monotonic -u 'cnbd*' | tail -n 30
 	[ "$(journalctl -b -1 --no-pager -o cat -u cnbd.service | grep -c 'everything is committed"')" -ge 2 ] || return
-	! journalctl -b -1 --no-pager -o cat | grep -E 'cut off|Failed with result|I/O error|status=1'
+	local log
+	log=$(journalctl -b -1 --no-pager -o cat)
+	# A device that was attached again, because a connection of it did not answer, has
+	# failed the reads of udev. It was of no use to anybody yet.
+	if grep -q 'attaching again' <<<"$log"; then log=$(grep -v 'op 0x0:(READ)\|async page read' <<<"$log"); fi
+	! grep -E 'cut off|Failed with result|I/O error|status=1' <<<"$log"
 }
 
 if [ "$vm_boot" = 1 ]; then
