@@ -143,8 +143,14 @@ func TestWorthASixteenth(t *testing.T) {
 			src := slices.Clone(b)
 			clear(src[:zeros])
 			out, _, ok := e.Encode(dst, src, s)
-			// A codec needs a few bytes for itself.
-			if ok && zeros < len(b)/16 || !ok && zeros > len(b)/16+512 {
+			// A codec needs a few bytes for itself. In one that splits the noise has a block,
+			// from a border of chunks on, in which the rest of the zeros is too little to be
+			// looked for.
+			slack := 512
+			if s.Codec == Zstd && s.Level >= ZstdBetter {
+				slack = 4 << 10
+			}
+			if ok && zeros < len(b)/16 || !ok && zeros > len(b)/16+slack {
 				t.Fatalf("%s: %d zeros in %d bytes: %v, %d bytes", s, zeros, len(b), ok, len(out))
 			}
 			if ok && len(out) > len(b)-len(b)/16 {

@@ -12,7 +12,8 @@ import (
 
 // An Encoder encodes for one worker. It is not safe for concurrent use.
 type Encoder struct {
-	zstd [ZstdBest]*zstd.Encoder // by level, from ZstdFastest up to ZstdBetter
+	zstd     [ZstdBest]*zstdEncoder // by level, from ZstdFastest up to ZstdBetter
+	splitter splitter
 }
 
 // NewEncoder makes an Encoder. It has nothing to close.
@@ -51,7 +52,13 @@ func (e *Encoder) Encode(dst, src []byte, s Setting) (out []byte, used Setting, 
 		}
 		out = dst[:len(dst)+len(enc)] // enc lies in free, which is large enough
 	case Zstd:
-		out = e.zstdEncoder(s.Level).EncodeAll(src, slices.Grow(dst, len(src)+zstdSlack))
+		dst = slices.Grow(dst, len(src)+zstdSlack)
+		z := e.zstdEncoder(s.Level)
+		if s.Level >= splitLevel {
+			out = z.encodeBlocks(dst, src, e.splitter.split(src))
+		} else {
+			out = z.stream.EncodeAll(src, dst)
+		}
 	default:
 		return dst, Setting{}, false
 	}
@@ -61,7 +68,15 @@ func (e *Encoder) Encode(dst, src []byte, s Setting) (out []byte, used Setting, 
 	return out, s, true
 }
 
-func (e *Encoder) zstdEncoder(l Level) *zstd.Encoder {
+// A zstdEncoder encodes at one level. The library's Encoder has memory for EncodeAll and
+// for a stream, each from its first use on; of a level only one is used.
+type zstdEncoder struct {
+	mu     sync.Mutex
+	stream *zstd.Encoder
+	out    []byte // appended to by Write; guarded by mu
+}
+
+func (e *Encoder) zstdEncoder(l Level) *zstdEncoder {
 	if l == ZstdBest {
 		return bestEncoder()
 	}
@@ -74,12 +89,12 @@ func (e *Encoder) zstdEncoder(l Level) *zstd.Encoder {
 
 // bestEncoder is the one encoder of level ZstdBest: 37 MB whatever the window
 // is, too much for every worker to have its own. Calls take turns.
-var bestEncoder = sync.OnceValue(func() *zstd.Encoder { return newZstdEncoder(ZstdBest) })
+var bestEncoder = sync.OnceValue(func() *zstdEncoder { return newZstdEncoder(ZstdBest) })
 
-func newZstdEncoder(l Level) *zstd.Encoder {
+func newZstdEncoder(l Level) *zstdEncoder {
 	e, err := zstd.NewWriter(nil,
-		// Before the level, which else decides the size of tables. It also
-		// makes every extent one block.
+		// Before the level, which else decides the size of tables. It is also the
+		// most that a block has.
 		zstd.WithWindowSize(SizeMax),
 		zstd.WithEncoderLevel(zstdLevels[l]),
 		// The two fast levels would store what has no matches but few symbols
@@ -92,7 +107,37 @@ func newZstdEncoder(l Level) *zstd.Encoder {
 	if err != nil {
 		panic(err) // only for options that do not fit
 	}
-	return e
+	return &zstdEncoder{stream: e}
+}
+
+// encodeBlocks appends src to dst as one frame, with blocks that end at ends. It waits for
+// others that use z.
+func (z *zstdEncoder) encodeBlocks(dst, src []byte, ends []int) []byte {
+	z.mu.Lock()
+	defer z.mu.Unlock()
+	z.out = dst
+	z.stream.ResetContentSize(z, int64(len(src)))
+	at := 0
+	for i, end := range ends {
+		_, err := z.stream.Write(src[at:end])
+		if at = end; err == nil && i < len(ends)-1 {
+			err = z.stream.Flush()
+		}
+		if err != nil {
+			panic(err) // Write has none
+		}
+	}
+	if err := z.stream.Close(); err != nil {
+		panic(err)
+	}
+	dst, z.out = z.out, nil
+	return dst
+}
+
+// Write implements io.Writer.
+func (z *zstdEncoder) Write(p []byte) (int, error) {
+	z.out = append(z.out, p...)
+	return len(p), nil
 }
 
 // zstdLevels is written out: the numbers of ours are format, those of the
