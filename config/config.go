@@ -215,8 +215,9 @@ type Export struct {
 	Level int `key:"level" single:"level" type:"number" help:"effort of the codec, 1 to 4 (0: its default)"`
 
 	// Recompress says how an idle device encodes its data anew, to be smaller: auto
-	// (harder than new data, by the same codec), off, or a codec with its level,
-	// such as zstd:best. Default auto.
+	// (harder than new data, by the same codec, and where that is zstd, after 30 s without
+	// a request, as hard as can be in extents of 128 KiB, but for what is read at
+	// random), off, or a codec with its level, such as zstd:best. Default auto.
 	Recompress string `key:"recompress" single:"recompress" type:"auto|off|codec:level" help:"how an idle device encodes its data anew: auto is harder than new data (default auto)"`
 
 	// Lazy opens the store when the first client asks for it, and not at the

@@ -4,6 +4,7 @@ import (
 	"cnbd/extents"
 	"cnbd/internal/block"
 	"cnbd/internal/compression"
+	"cnbd/store"
 )
 
 // compressor is the transform of the writeback: one encoder for each worker.
@@ -64,8 +65,7 @@ func (d *Device) hurry(n int) bool {
 type recoder struct {
 	decoder *compression.Decoder
 	encoder *compression.Encoder
-	hurried compression.Setting // as for new data
-	setting compression.Setting // when there is time
+	setting [store.Packing + 1]compression.Setting // by effort: that for new data, that of the background, that for packing
 }
 
 // Decode implements store.Recoder.
@@ -74,19 +74,15 @@ func (r *recoder) Decode(dst, src []byte, a extents.Addr) ([]byte, error) {
 }
 
 // Encode implements store.Recoder.
-func (r *recoder) Encode(dst, src []byte, hurry bool) (out []byte, codec, level uint8, ok bool) {
-	s := r.setting
-	if hurry {
-		s = r.hurried
-	}
-	out, used, ok := r.encoder.Encode(dst, src, s)
+func (r *recoder) Encode(dst, src []byte, e store.Effort) (out []byte, codec, level uint8, ok bool) {
+	out, used, ok := r.encoder.Encode(dst, src, r.setting[e])
 	return out, uint8(used.Codec), uint8(used.Level), ok
 }
 
 // Done implements store.Recoder. The numbers of codecs and of their levels ascend
 // with what they save.
-func (r *recoder) Done(codec, level uint8) bool {
-	s := r.setting.Resolve()
+func (r *recoder) Done(codec, level uint8, e store.Effort) bool {
+	s := r.setting[e].Resolve()
 	return codec > uint8(s.Codec) || codec == uint8(s.Codec) && level >= uint8(s.Level)
 }
 

@@ -71,7 +71,7 @@ func newPowerCuts(t *testing.T, seed uint64, blocks, bit int64) *powerCuts {
 	t.Cleanup(p.decoder.Close)
 	p.opts = Options{CacheBytes: block.Size * 8 << rng.IntN(4), PayloadBytes: 128 * block.Size, MapCacheBytes: 32 << 10, Workers: 2, zeroCommits: 1 + rng.IntN(4),
 		CheckpointBytes: 4 << 10 << rng.IntN(5), CommitInterval: 300 * time.Microsecond << rng.IntN(4),
-		WritebackPeriod: 200 * time.Microsecond, DirtyExpire: 300 * time.Microsecond << rng.IntN(4), CleanPeriod: 100 * time.Microsecond << rng.IntN(6)}
+		WritebackPeriod: 200 * time.Microsecond, DirtyExpire: 300 * time.Microsecond << rng.IntN(4), CleanPeriod: 100 * time.Microsecond << rng.IntN(6), PackAfter: 100 * time.Microsecond << rng.IntN(10)}
 	codec := []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)]
 	if thin {
 		codec = compression.None

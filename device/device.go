@@ -89,6 +89,10 @@ type Options struct {
 	// idle. Default: zstd:better if new data is encoded by zstd or auto, s2:better
 	// for s2, and none for none.
 	Background *compression.Setting
+	// PackAfter is for how long clients must have asked for nothing until data that
+	// nobody reads at random is encoded once more, by zstd:best in extents of 128 KiB, if the
+	// background's codec is the default and zstd. Default 30 s.
+	PackAfter time.Duration
 	// NoRecompress leaves data as it was written, but for what the cleaner has to
 	// cut.
 	NoRecompress bool
@@ -125,6 +129,9 @@ func (o *Options) setDefaults() {
 	}
 	if o.CleanPeriod == 0 {
 		o.CleanPeriod = time.Second
+	}
+	if o.PackAfter == 0 {
+		o.PackAfter = 30 * time.Second
 	}
 	if o.Warn == nil {
 		o.Warn = func(string, error) {}
@@ -263,13 +270,16 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 		Pressure:   d.cache.WaitersForDirty,
 		Failed:     func(err error) { o.Warn("a commit has failed", err) },
 	})
-	behind := background(d.codec)
+	behind, packed, packAfter := background(d.codec), compression.Setting{Codec: compression.Zstd, Level: compression.ZstdBest}, o.PackAfter
 	if o.Background != nil {
 		behind = *o.Background
 	}
+	if behind.Codec != compression.Zstd || o.Background != nil {
+		packed, packAfter = behind, 0
+	}
 	d.store.StartCleaning(store.CleanerOptions{
-		Recoder:    &recoder{d.decoder, compression.NewEncoder(), d.codec, behind},
-		Recompress: !o.NoRecompress, Period: o.CleanPeriod, Requests: d.requests.Load,
+		Recoder:    &recoder{d.decoder, compression.NewEncoder(), [...]compression.Setting{d.codec, behind, packed}},
+		Recompress: !o.NoRecompress, PackAfter: packAfter, Period: o.CleanPeriod, Requests: d.requests.Load,
 	})
 	return d, nil
 }

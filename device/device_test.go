@@ -322,6 +322,7 @@ type randomDevice struct {
 	opts    Options
 	regions []*region
 	events  map[string]uint64 // sums of the counters over all lives
+	packed  uint64            // extents seen so after a rest
 }
 
 func newRandomDevice(t *testing.T, seed uint64, size int64, conns int, events map[string]uint64) *randomDevice {
@@ -330,6 +331,7 @@ func newRandomDevice(t *testing.T, seed uint64, size int64, conns int, events ma
 	v.opts.PayloadBytes = 2 << 20
 	v.opts.Workers = 1 + rng.IntN(4)
 	v.opts.CheckpointBytes = 64 << 10 << rng.IntN(4)
+	v.opts.CleanPeriod, v.opts.PackAfter = 200*time.Microsecond<<rng.IntN(4), time.Millisecond<<rng.IntN(4)
 	g := testGeometry(uint64(size), []compression.Codec{compression.Zstd, compression.S2, compression.None}[rng.IntN(3)])
 	g.ExtentBlocks = 8 << rng.IntN(3)
 	if rng.IntN(2) == 0 {
@@ -394,7 +396,9 @@ func (v *randomDevice) live(ctx context.Context, n, duels int, check bool) error
 		return err
 	}
 	steps := []func() error{
+		func() error { return v.rest(d) }, // nothing is known of how it is read
 		func() error { return v.each(func(r *region) error { return r.run(ctx, d, n) }) },
+		func() error { return v.rest(d) },
 		func() error { return v.duel(ctx, d, duels) },
 		func() error { return v.count(d) },
 	}
@@ -413,6 +417,29 @@ func (v *randomDevice) live(ctx context.Context, n, duels int, check bool) error
 	}
 	v.disk = v.disk.Crash(disktest.LoseAll)
 	return err
+}
+
+// rest leaves d alone, every other time, until it has encoded anew and packed something, but
+// not for long.
+func (v *randomDevice) rest(d *Device) error {
+	if d.codec.Codec != compression.Zstd || v.rng.IntN(2) == 0 {
+		return nil
+	}
+	packed := uint64(0)
+	for end := time.Now().Add(200 * time.Millisecond); packed == 0 && time.Now().Before(end); {
+		time.Sleep(5 * time.Millisecond) // polling: the cleaner tells nobody
+		list, err := d.store.Lookup(block.Range{End: d.end()}, nil)
+		if err != nil {
+			return err
+		}
+		for _, e := range list {
+			if e.Kind == extents.Data && e.Addr.Level == uint8(compression.ZstdBest) {
+				packed++
+			}
+		}
+	}
+	v.packed += packed
+	return nil
 }
 
 // duel has the connections get in each other's way, and in that of commits and of
@@ -651,7 +678,7 @@ func TestRandomHistories(t *testing.T) {
 		}
 		return names
 	}
-	ops, restarts := 0, 0
+	ops, restarts, packed := 0, 0, uint64(0)
 	// Some are a matter of nanoseconds: for them it goes on for a while.
 	for n := 0; n < devices || n < 3*devices && len(missing()) > 0; n++ {
 		seed := seed + uint64(n)
@@ -663,6 +690,7 @@ func TestRandomHistories(t *testing.T) {
 			restarts++
 			ops += conns * (requests + duels)
 		}
+		packed += v.packed
 		rep, err := store.Check(v.disk.Clone(), store.CheckOptions{Data: true})
 		if err != nil || !rep.Clean {
 			t.Fatalf("CNBD_SEED=%d: check: %+v, %v", seed, rep, err)
@@ -674,7 +702,7 @@ func TestRandomHistories(t *testing.T) {
 			t.Fatalf("CNBD_SEED=%d, the last life: %v", seed, err)
 		}
 	}
-	t.Logf("%d requests, %d restarts", ops, restarts)
+	t.Logf("%d requests, %d restarts, %d packed extents seen (TestPacked has them for certain)", ops, restarts, packed)
 	for _, name := range slices.Sorted(maps.Keys(events)) {
 		t.Logf("%9d %s", events[name], name)
 	}

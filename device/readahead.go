@@ -120,6 +120,9 @@ func (a *readahead) missed(r block.Range) (half block.Index) {
 		}
 	}
 	s, i := a.find(r)
+	if s.seen == 1 && r.Len() < store.ExtentBlocksMax {
+		a.d.store.NoteRandomRead(r)
+	}
 	// It may have overtaken what was read ahead, if anything was.
 	if s.seen >= streamReads && r.End >= s.ahead {
 		s.ahead = r.End

@@ -59,8 +59,7 @@ func (s *Store) runCheckpoint(snap *snapshot) error {
 		return err
 	}
 	sb := &superblock{Geometry: geometry, sequence: sequence + 1, epoch: snap.epoch, replay: snap.replay, root: root, nodes: totals}
-	s.touched.encode(sb.touched[:])
-	sb.touchedShift = uint8(s.touched.shift)
+	s.touched.encode(sb)
 	s.segments.markEmpty(sb.sequence, snap.replay.serial)
 	if mutant.Is(mutant.ReuseBeforeCheckpoint) {
 		s.segments.release(sb.sequence + 1)

@@ -62,13 +62,22 @@ type Recoder interface {
 	// dst. Both are borrowed.
 	Decode(dst, src []byte, a extents.Addr) ([]byte, error)
 	// Encode appends the encoding of src, whole blocks, at most 128 KiB, to dst,
-	// and says how it was made. With hurry writes are waiting; else it takes its
-	// time. ok is false if it is not worth it. Both are borrowed.
-	Encode(dst, src []byte, hurry bool) (out []byte, codec, level uint8, ok bool)
+	// and says how it was made. ok is false if it is not worth it. Both are
+	// borrowed.
+	Encode(dst, src []byte, e Effort) (out []byte, codec, level uint8, ok bool)
 	// Done tells whether what is stored by this codec and level is as small as
-	// Encode without hurry would make it, or smaller.
-	Done(codec, level uint8) bool
+	// Encode with that effort would make it, or smaller.
+	Done(codec, level uint8, e Effort) bool
 }
+
+// Effort is how much time encoding may take.
+type Effort uint8
+
+const (
+	Hurried Effort = iota // writes are waiting
+	Relaxed               // nobody waits
+	Packing               // nobody waits, and nothing has been asked for for long
+)
 
 // CleanerOptions are the settings of the cleaner.
 type CleanerOptions struct {
@@ -78,6 +87,11 @@ type CleanerOptions struct {
 
 	// Recompress has an idle device's data encoded anew where it gets smaller.
 	Recompress bool
+
+	// PackAfter is for how long clients must have asked for nothing until data that
+	// has been encoded anew is packed: encoded in the largest extents, with the
+	// effort Packing, unless it is read at random. 0: it never is.
+	PackAfter time.Duration
 
 	// Requests counts what clients have asked for, reads too. While it goes up the
 	// work in the background gives way. It is called often, and must not block;
@@ -110,7 +124,7 @@ type cleaner struct {
 	futile  map[uint64]uint64 // by serial of a segment: its live references when cleaning it gained nothing
 	records []liveRecord
 	pending []copied     // that are not in the map yet
-	hurry   bool         // writes are waiting
+	effort  Effort       // Hurried: writes are waiting
 	trims   bool         // trims are waiting, and no writes
 	waiting atomic.Int32 // writes that wait for room
 	window  []byte
@@ -128,7 +142,9 @@ type cleaner struct {
 	requested uint64        // requests at the last look
 	asked     time.Time     // when they were last seen to go up
 
-	recompresses bool // if idle
+	recompresses bool          // if idle
+	packAfter    time.Duration // CleanerOptions.PackAfter
+	began        time.Time     // when the loop has begun
 
 	evacuation struct {
 		sync.Mutex
@@ -179,6 +195,7 @@ func (s *Store) StartCleaning(o CleanerOptions) {
 	c := s.cleaner
 	c.recoder = o.Recoder
 	c.recompresses = o.Recompress && o.Recoder != nil
+	c.packAfter, c.began = o.PackAfter, time.Now()
 	if o.Requests != nil {
 		c.requests = o.Requests
 	}
@@ -427,7 +444,10 @@ var errNoRoom = errors.New("no room to clean")
 // the one that costs least for what it gains, and just that one. REQUIRES: the turn.
 func (c *cleaner) clean(urgent bool) (progress bool, err error) {
 	s := c.s
-	c.hurry = urgent
+	c.effort = Relaxed
+	if urgent {
+		c.effort = Hurried
+	}
 	s.mu.RLock()
 	before := s.mu.replay
 	s.mu.RUnlock()
@@ -790,20 +810,25 @@ func (c *cleaner) copyBlob(live []extents.Extent, stored []byte, sequence uint64
 		blocks = c.blocks
 	}
 	for _, e := range live {
-		part := blocks[int(e.Skip)*block.Size:][:e.Count.Bytes()]
-		codec, level := uint8(0), uint8(0)
-		if recode != nil {
-			out, k, l, ok := recode.Encode(c.encoded[:0], part, c.hurry)
-			c.encoded = out[:0]
-			if ok {
-				part, codec, level = out, k, l
-			}
-		}
-		if err := c.copy(e.Range(), codec, level, part, sequence); err != nil {
+		if err := c.encodeCopy(e.Range(), blocks[int(e.Skip)*block.Size:][:e.Count.Bytes()], c.effort, sequence); err != nil {
 			return err
 		}
 	}
 	return nil
+}
+
+// encodeCopy encodes part, the blocks of r, if there is a recoder, and appends a copy of
+// them as copy does.
+func (c *cleaner) encodeCopy(r block.Range, part []byte, e Effort, sequence uint64) error {
+	codec, level := uint8(0), uint8(0)
+	if c.recoder != nil {
+		out, k, l, ok := c.recoder.Encode(c.encoded[:0], part, e)
+		c.encoded = out[:0]
+		if ok {
+			part, codec, level = out, k, l
+		}
+	}
+	return c.copy(r, codec, level, part, sequence)
 }
 
 // copy appends a copy of the blocks r, unless something newer has been appended
@@ -940,12 +965,20 @@ func (c *cleaner) loop(period time.Duration) {
 // appended counts the records of clients.
 func (s *Store) appended() uint64 { return s.metrics.dataRecords.Load() + s.metrics.holes.Load() }
 
-// inUse tells whether clients have asked for anything lately.
-func (c *cleaner) inUse() bool {
+// unused is for how long clients have asked for nothing, as far as was looked.
+func (c *cleaner) unused() time.Duration {
 	if n := c.requests(); n != c.requested {
 		c.requested, c.asked = n, time.Now()
 	}
-	return time.Since(c.asked) < inUseFor
+	return time.Since(c.asked)
+}
+
+// inUse tells whether clients have asked for anything lately.
+func (c *cleaner) inUse() bool { return c.unused() < inUseFor }
+
+// packs tells whether it is time to pack.
+func (c *cleaner) packs() bool {
+	return c.packAfter > 0 && min(c.unused(), time.Since(c.began)) >= c.packAfter
 }
 
 // work does a piece of the background work. It reports whether there was any, and

@@ -202,7 +202,8 @@ type blobRef struct {
 //	256   1   log2 of the blocks of a region (0: all of the device is touched)
 //	257   7   reserved
 //	264   1024 bitmap of the regions that were touched since they were recompressed
-//	1288  …   reserved
+//	1288 1024 bitmap of the regions that were recompressed and are to be packed
+//	2312  …   reserved
 //	4092  4   CRC-32C of bytes 0 to 4091
 type superblock struct {
 	Geometry
@@ -216,8 +217,8 @@ type superblock struct {
 	segments uint64
 	nodes    nodeTotals
 
-	touchedShift uint8
-	touched      [touchedSize]byte
+	touchedShift   uint8
+	touched, loose [touchedSize]byte
 }
 
 // nodeTotals are what the nodes of the map take: the copies, and their bytes.
@@ -254,6 +255,7 @@ func (sb *superblock) encode() []byte {
 	le.PutUint64(b[248:], sb.nodes.bytes)
 	b[256] = sb.touchedShift
 	copy(b[264:], sb.touched[:])
+	copy(b[264+touchedSize:], sb.loose[:])
 	le.PutUint32(b[4092:], crc32.Checksum(b[:4092], castagnoli))
 	return b
 }
@@ -271,7 +273,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	if v := le.Uint32(b[8:]); v != Version {
 		return nil, fmt.Errorf("format %d, this program knows %d, a newer cnbd does: %w", v, Version, ErrVersion)
 	}
-	if !allZero(b[257:264]) || !allZero(b[264+touchedSize:4092]) {
+	if !allZero(b[257:264]) || !allZero(b[264+2*touchedSize:4092]) {
 		return nil, fmt.Errorf("superblock: reserved bytes are not zero: %w", ErrCorrupt)
 	}
 	sb, err := decodeSuperFields(b)
@@ -280,6 +282,7 @@ func decodeSuperblock(b []byte) (*superblock, error) {
 	}
 	sb.touchedShift = b[256]
 	copy(sb.touched[:], b[264:])
+	copy(sb.loose[:], b[264+touchedSize:])
 	return sb, nil
 }
 

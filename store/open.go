@@ -279,7 +279,7 @@ func (s *Store) loadCheckpoint(sb *superblock) error {
 	}
 	s.mu.root, s.mu.sequence, s.mu.nodes = sb.root, sb.sequence, sb.nodes
 	s.mu.replay = sb.replay.serial
-	s.touched = newTouched(s.geometry.Blocks(), sb.touchedShift, sb.touched[:])
+	s.touched = newTouched(s.geometry.Blocks(), sb)
 	// What the two newest checkpoints do not need is free (rule R4); the log
 	// behind them takes back what it has been given since.
 	t.release(sb.sequence)

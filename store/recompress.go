@@ -4,6 +4,7 @@ import (
 	"encoding/binary"
 	"math"
 	"math/bits"
+	"slices"
 	"sync/atomic"
 	"time"
 
@@ -16,6 +17,11 @@ import (
 // whole extents, what was written in a hurry gets a higher level, and what was
 // overwritten in part loses its waste. What is stored already as it would come out
 // is only looked at: codec and level stand in the map.
+//
+// When clients have asked for nothing for long it comes once more, and packs: the largest
+// extents that there are, and the highest level. To read a block of such an extent costs more, so regions
+// that are read at random are left out, and unpacked if they were packed before. What was left raw before
+// stays as it is.
 //
 // The results are copies as the cleaner makes them, so they can be overtaken,
 // interrupted and lost like those.
@@ -37,6 +43,10 @@ const (
 	// encoding it anew must save, unless it makes one extent of several.
 	recompressGain = 32
 
+	// randomExtent is that of so many blocks of a region one read at random is, on average,
+	// when the region is said to be read at random.
+	randomExtent = 16
+
 	// regionsMax bounds the number of regions of which is known whether they were
 	// touched. It is format.
 	regionsMax = 8192
@@ -46,17 +56,33 @@ const (
 // that were written or trimmed since they were looked at. It is kept in the
 // superblock, so that a restart does not begin anew.
 type touched struct {
-	shift   uint                           // log2 of the blocks of a region
-	regions atomic.Uint64                  // number of regions
-	bits    [regionsMax / 64]atomic.Uint64 // 1: touched
+	shift   uint          // log2 of the blocks of a region
+	regions atomic.Uint64 // number of regions
+	bits    regionSet     // that were touched
+	loose   regionSet     // that have been encoded anew, and are to be packed
+
+	// misses counts reads at random, by region, since the opening.
+	misses [regionsMax]atomic.Uint32
 
 	at, end block.Index  // what is left to look at of the region whose bit was taken; guarded by the cleaner's turn
+	packing bool         // that region; guarded by the cleaner's turn
 	taken   atomic.Int64 // number of that region, -1 if nothing is left of it
 }
 
-// newTouched is one where all regions are touched, unless regions, as append made
-// it, says otherwise.
-func newTouched(blocks block.Count, shift uint8, regions []byte) *touched {
+// A regionSet is a set of regions. It is safe for concurrent use.
+type regionSet [regionsMax / 64]atomic.Uint64
+
+func (s *regionSet) add(n uint64) {
+	if w := &s[n/64]; w.Load()>>(n%64)&1 == 0 {
+		w.Or(1 << (n % 64))
+	}
+}
+
+func (s *regionSet) remove(n uint64)   { s[n/64].And(^(uint64(1) << (n % 64))) }
+func (s *regionSet) has(n uint64) bool { return s[n/64].Load()>>(n%64)&1 != 0 }
+
+// newTouched is what sb, which encode made, says; or one where all regions are touched.
+func newTouched(blocks block.Count, sb *superblock) *touched {
 	const least = 8 // 1 MiB
 	t := &touched{shift: least}
 	for uint64(blocks)>>t.shift >= regionsMax {
@@ -64,12 +90,13 @@ func newTouched(blocks block.Count, shift uint8, regions []byte) *touched {
 	}
 	t.grow(blocks)
 	t.taken.Store(-1)
+	known := uint(sb.touchedShift) == t.shift
 	for i := range t.bits {
-		word := ^uint64(0)
-		if uint(shift) == t.shift {
-			word = binary.LittleEndian.Uint64(regions[8*i:])
+		t.bits[i].Store(^uint64(0))
+		if known {
+			t.bits[i].Store(binary.LittleEndian.Uint64(sb.touched[8*i:]))
+			t.loose[i].Store(binary.LittleEndian.Uint64(sb.loose[8*i:]))
 		}
-		t.bits[i].Store(word)
 	}
 	return t
 }
@@ -82,14 +109,21 @@ func (t *touched) grow(blocks block.Count) {
 	}
 }
 
-// encode puts which regions are touched into dst, touchedSize bytes.
-func (t *touched) encode(dst []byte) {
+// encode notes in sb which regions are touched, and which are to be packed.
+func (t *touched) encode(sb *superblock) {
+	sb.touchedShift = uint8(t.shift)
+	// The region that is taken comes out of a set before this has read it, and may go into
+	// one behind that.
+	taken := [2]int64{t.taken.Load()}
 	for i := range t.bits {
-		word := t.bits[i].Load()
-		if n := t.taken.Load(); n >= 0 && n/64 == int64(i) {
-			word |= 1 << (n % 64)
+		binary.LittleEndian.PutUint64(sb.touched[8*i:], t.bits[i].Load())
+		binary.LittleEndian.PutUint64(sb.loose[8*i:], t.loose[i].Load())
+	}
+	taken[1] = t.taken.Load()
+	for _, n := range taken {
+		if n >= 0 {
+			sb.touched[n/8] |= 1 << (n % 8)
 		}
-		binary.LittleEndian.PutUint64(dst[8*i:], word)
 	}
 }
 
@@ -100,36 +134,75 @@ const touchedSize = regionsMax / 8
 func (t *touched) note(r block.Range) {
 	last := min(uint64(r.End-1)>>t.shift, t.regions.Load()-1)
 	for i := uint64(r.Start) >> t.shift; i <= last; i++ {
-		if w := &t.bits[i/64]; w.Load()>>(i%64)&1 == 0 {
-			w.Or(1 << (i % 64))
-		}
+		t.bits.add(i)
 	}
 }
 
-// next takes the next region that was touched, in the order of blocks and then from
-// the first on, and reports whether there is one.
-func (t *touched) next() bool {
-	t.taken.Store(-1)
+// noteRandomRead says that r has been read by itself. It may be called concurrently.
+func (t *touched) noteRandomRead(r block.Range) {
+	n := min(uint64(r.Start)>>t.shift, t.regions.Load()-1)
+	if t.misses[n].Add(1) == t.randomMin() {
+		t.bits.add(n) // it may have been packed
+	}
+}
+
+// randomMin is how many reads at random make a region one that is read so: as many as it
+// has extents, so that nothing that goes through its files once counts.
+func (t *touched) randomMin() uint32 { return 1 << t.shift / randomExtent }
+
+// random tells whether region n is read at random.
+func (t *touched) random(n uint64) bool { return t.misses[n].Load() >= t.randomMin() }
+
+// next takes the next region that was touched, or with pack, if there is none, the next one
+// to be packed, in the order of blocks and then from the first on, and reports whether
+// there is one. With packs the one that is done with will be packed.
+func (t *touched) next(packs, pack bool) bool {
+	if n := t.taken.Load(); n >= 0 && packs && !t.packing {
+		t.loose.add(uint64(n))
+	}
+	t.taken.Store(-1) // behind that: encode sees one or the other
+	return t.take(&t.bits, false) || pack && t.take(&t.loose, true)
+}
+
+// take takes the next region of s.
+func (t *touched) take(s *regionSet, packing bool) bool {
 	from := uint64(t.end) >> t.shift
 	regions := t.regions.Load()
 	for n := range regions {
 		i := (from + n) % regions
-		if w := &t.bits[i/64]; w.Load()>>(i%64)&1 != 0 {
-			t.taken.Store(int64(i)) // before the bit goes: encode sees one or the other
-			w.And(^(uint64(1) << (i % 64)))
-			t.at, t.end = block.Index(i<<t.shift), block.Index((i+1)<<t.shift)
-			return true
+		if !s.has(i) {
+			continue
 		}
+		if packing && t.random(i) {
+			s.remove(i)
+			continue
+		}
+		t.taken.Store(int64(i)) // before the bit goes
+		s.remove(i)
+		t.packing = packing
+		t.at, t.end = block.Index(i<<t.shift), block.Index((i+1)<<t.shift)
+		return true
 	}
 	return false
 }
+
+// putBack has the region that was taken to be packed wait until it may be again.
+func (t *touched) putBack() {
+	t.loose.add(uint64(t.taken.Load()))
+	t.taken.Store(-1)
+	t.at = t.end
+}
+
+// NoteRandomRead says that r, smaller than an extent, was read from the store without what
+// lies beside it. Regions of which much is read so are not packed. It may be called
+// concurrently.
+func (s *Store) NoteRandomRead(r block.Range) { s.touched.noteRandomRead(r) }
 
 // recompress does a turn of recompression, and reports whether there was anything
 // to look at. REQUIRES: the turn of the cleaner.
 func (c *cleaner) recompress() (worked bool, err error) {
 	s := c.s
 	t := s.touched
-	c.hurry = false
 	began := time.Now()
 	enough := func() bool {
 		return c.stopping() || time.Since(began) >= recompressBurst && c.inUse()
@@ -142,13 +215,16 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	if stale {
 		return true, nil
 	}
+	pack := c.packs()
+	if t.at < t.end && t.packing && !pack {
+		t.putBack()
+	}
 	const worst = recompressBytes + recompressBytes/block.Size*recordHeader
 	changes := int64(recompressBytes / block.Size)
 	if !c.claim(worst, changes) {
 		return false, nil
 	}
 	defer c.unclaim(worst, changes)
-	window := block.Index(max(s.geometry.ExtentBlocks, 1))
 	for n, looked := 0, uint64(0); n < recompressParts && looked < recompressBytes && !enough(); n++ {
 		if t.at >= t.end {
 			// What was noted before this has to be in the tree, or it would be
@@ -156,11 +232,17 @@ func (c *cleaner) recompress() (worked bool, err error) {
 			if s.appended() != c.settled {
 				break
 			}
-			if !t.next() {
+			if !t.next(c.packAfter > 0, pack) {
 				break
 			}
 		}
 		worked = true
+		window, effort, unpack := block.Index(max(s.geometry.ExtentBlocks, 1)), Relaxed, false
+		if t.packing {
+			window, effort = ExtentBlocksMax, Packing
+		} else {
+			unpack = t.random(uint64(t.taken.Load()))
+		}
 		// All extents from here to the end of the region, as many as may be.
 		part := block.Range{Start: t.at, End: min(t.end, t.at+block.Index((recompressBytes-looked+block.Size-1)/block.Size))}
 		part.End = (part.End + window - 1) / window * window
@@ -184,7 +266,13 @@ func (c *cleaner) recompress() (worked bool, err error) {
 				looked += list[n].Count.Bytes()
 				n++
 			}
-			if err := c.recompressExtent(list[:n], block.Range{Start: at, End: at + window}, view.version); err != nil {
+			err := error(nil)
+			if unpack && slices.ContainsFunc(list[:n], func(e extents.Extent) bool { return block.Index(e.Addr.Blocks) > window }) {
+				err = c.unpack(list[:n], window, view.version)
+			} else {
+				err = c.recompressExtent(list[:n], block.Range{Start: at, End: at + window}, effort, view.version)
+			}
+			if err != nil {
 				if s.Err() != nil {
 					return worked, s.Err()
 				}
@@ -221,8 +309,8 @@ func (c *cleaner) extents(root extents.Root, r block.Range, sequence uint64) (li
 
 // recompressExtent encodes the extents in window, the place of one extent, as one,
 // if they are smaller then, and appends that.
-func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, sequence uint64) error {
-	stored, present, count, blobs := uint64(0), uint32(0), block.Count(0), 0
+func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, effort Effort, sequence uint64) error {
+	stored, present, count, blobs, raw := uint64(0), uint32(0), block.Count(0), 0, true
 	var last extents.Addr
 	for _, e := range list {
 		if e.Kind != extents.Data || uint64(e.Skip) > uint64(e.Start-window.Start) || !window.Covers(e.Range()) ||
@@ -233,6 +321,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, se
 			last = e.Addr
 			blobs++
 			stored += recordHeader
+			raw = raw && e.Addr.Codec == 0
 		}
 		stored += uint64(e.LiveBytes())
 		present |= (^uint32(0) >> (32 - e.Count)) << (e.Start - window.Start)
@@ -240,7 +329,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, se
 	}
 	// All of one blob; there may be holes between its blocks.
 	one := blobs == 1 && count == block.Count(last.Blocks)
-	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level) {
+	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level, effort) || raw && effort == Packing {
 		return nil
 	}
 	// The blocks of all, in order.
@@ -255,7 +344,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, se
 		}
 		c.blocks = append(c.blocks, c.decoded[int(e.Skip)*block.Size:][:e.Count.Bytes()]...)
 	}
-	out, codec, level, ok := c.recoder.Encode(c.encoded[:0], c.blocks, false)
+	out, codec, level, ok := c.recoder.Encode(c.encoded[:0], c.blocks, effort)
 	c.encoded = out[:0]
 	if !ok {
 		out, codec, level = c.blocks, 0, 0
@@ -269,6 +358,34 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, se
 	h := header{kind: recordData, codec: codec, level: level, start: window.Start + block.Index(first),
 		count: block.Count(bits.Len32(present) - first), present: present >> first}
 	return c.copyRecord(h, out, sequence)
+}
+
+// unpack encodes those of list that are of blobs longer than window as extents of window,
+// whatever they take. What lies between them is encoded with its neighbours when the
+// region is looked at once more.
+func (c *cleaner) unpack(list []extents.Extent, window block.Index, sequence uint64) error {
+	for _, e := range list {
+		if e.Kind != extents.Data || block.Index(e.Addr.Blocks) <= window {
+			if e.Kind == extents.Data {
+				c.s.touched.note(e.Range())
+			}
+			continue
+		}
+		if err := c.decode(e.Addr); err != nil {
+			return err
+		}
+		blocks := c.decoded[int(e.Skip)*block.Size:][:e.Count.Bytes()]
+		for r := e.Range(); !r.Empty(); {
+			piece := block.Range{Start: r.Start, End: min(r.End, (r.Start/window+1)*window)}
+			part := blocks[:piece.Len().Bytes()]
+			blocks, r.Start = blocks[len(part):], piece.End
+			if err := c.encodeCopy(piece, part, Relaxed, sequence); err != nil {
+				return err
+			}
+		}
+		c.s.metrics.recompressedBytes.Add(e.Count.Bytes())
+	}
+	return nil
 }
 
 // decode reads a blob into c.decoded.

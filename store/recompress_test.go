@@ -15,7 +15,7 @@ import (
 // quarter is a Recoder that makes everything a quarter of its size.
 type quarter struct{}
 
-func (quarter) Encode(dst, src []byte, _ bool) ([]byte, uint8, uint8, bool) {
+func (quarter) Encode(dst, src []byte, _ Effort) ([]byte, uint8, uint8, bool) {
 	return append(dst, src[:len(src)/4]...), 2, 1, true
 }
 
@@ -23,7 +23,7 @@ func (quarter) Decode(dst, _ []byte, a extents.Addr) ([]byte, error) {
 	return append(dst, make([]byte, block.Count(a.Blocks).Bytes())...), nil
 }
 
-func (quarter) Done(codec, _ uint8) bool { return codec == 2 }
+func (quarter) Done(codec, _ uint8, _ Effort) bool { return codec == 2 }
 
 // rest has the cleaner work until an idle store has nothing more to do.
 func (c *committed) rest() {
@@ -108,10 +108,10 @@ type slow struct {
 
 const encodeTime = 10 * time.Millisecond
 
-func (s slow) Encode(dst, src []byte, hurry bool) ([]byte, uint8, uint8, bool) {
+func (s slow) Encode(dst, src []byte, e Effort) ([]byte, uint8, uint8, bool) {
 	time.Sleep(encodeTime)
 	s.spent.Add(int64(encodeTime))
-	return s.quarter.Encode(dst, src, hurry)
+	return s.quarter.Encode(dst, src, e)
 }
 
 // TestRecompressionGivesWay: half of an idle device's time goes into recompression,
@@ -155,5 +155,149 @@ func TestRecompressionGivesWay(t *testing.T) {
 		if err := c.Close(); err != nil {
 			t.Error(err)
 		}
+	})
+}
+
+// grades is a Recoder that makes less of everything the more effort it may take, but for
+// blobs whose first bytes are refused.
+type grades struct {
+	quarter
+	refused map[[8]byte]bool
+	efforts [Packing + 1]atomic.Int64 // how often each was asked for
+	packs   func()                    // is called by each encoding of effort Packing, which takes encodeTime
+}
+
+func (g *grades) Encode(dst, src []byte, e Effort) ([]byte, uint8, uint8, bool) {
+	g.efforts[e].Add(1)
+	if e == Packing {
+		g.packs()
+		time.Sleep(encodeTime)
+	}
+	if g.refused[[8]byte(src)] {
+		return dst, 0, 0, false
+	}
+	return append(dst, src[:len(src)/4/(1+int(e))]...), 2, uint8(e), true
+}
+
+func (*grades) Done(codec, level uint8, e Effort) bool { return codec == 2 && level >= uint8(e) }
+
+// TestPacked: what was encoded anew is packed when clients have asked for nothing for
+// PackAfter, but for regions that are read at random and what does not compress; and
+// each once, whatever comes between.
+func TestPacked(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const (
+			region                     = 256 // blocks
+			files, random, noise, last = 0, 1, 2, 3
+			after                      = 30 * time.Second
+		)
+		var requests atomic.Uint64
+		g := &grades{refused: make(map[[8]byte]bool)}
+		g.packs = func() {
+			if g.efforts[Packing].Load() == 1 {
+				requests.Add(1)
+			}
+		}
+		o := CleanerOptions{Recoder: g, Recompress: true, PackAfter: after, Period: time.Second, Requests: requests.Load}
+		d := disktest.New(1, disktest.Options{})
+		must(t, Format(d, testGeometry(4*region, 2000)))
+		c := openCommitted(t, d, Options{})
+		c.StartCleaning(o)
+		for b := range 4 * region {
+			if b/region == noise {
+				rng := rand.New(rand.NewPCG(uint64(b), 5)) // as committed.blob
+				var first [8]byte
+				for i := range first {
+					first[i] = byte(rng.Uint32())
+				}
+				g.refused[first] = true
+			}
+			must(t, c.blob(b, 1, 1))
+		}
+		must(t, c.commit())
+		// kinds are the extents of a region, by their level and blocks; 0 is raw.
+		kinds := func(n int) map[[2]int]int {
+			t.Helper()
+			list, err := c.Lookup(block.Span(block.Index(n*region), region), nil)
+			must(t, err)
+			kinds := make(map[[2]int]int)
+			for _, e := range list {
+				level := int(e.Addr.Level)
+				if e.Addr.Codec == 0 {
+					level = -1
+				}
+				kinds[[2]int{level, int(e.Addr.Blocks)}]++
+			}
+			return kinds
+		}
+		want := func(n, level, blocks int) {
+			t.Helper()
+			if k := kinds(n); len(k) != 1 || k[[2]int{level, blocks}] != region/blocks {
+				t.Errorf("region %d after %v: extents by level and blocks %v, want all %d and %d", n, time.Since(c.cleaner.began), k, level, blocks)
+			}
+		}
+		read := func(n, times int) {
+			for i := range times {
+				c.NoteRandomRead(block.Span(block.Index(n*region+i*37%region), 1))
+			}
+		}
+		read(files, region/randomExtent-1) // each file once, or so
+		read(random, region/randomExtent)
+		for range 20 { // which takes much longer than encoding anew
+			time.Sleep(after - 2*time.Second)
+			requests.Add(1)
+		}
+		for _, n := range []int{files, random, last} {
+			want(n, int(Relaxed), 16)
+		}
+		if n := g.efforts[Packing].Load(); n != 0 {
+			t.Errorf("packed %d times beside requests", n)
+		}
+		// A restart begins nothing anew.
+		relaxed := g.efforts[Relaxed].Load()
+		c.StopCleaning()
+		c.closeClean()
+		c = openCommitted(t, d.Clone(), Options{})
+		c.StartCleaning(o)
+		read(random, region/randomExtent)
+		time.Sleep(after / 2)
+		if n := g.efforts[Packing].Load(); n != 0 {
+			t.Errorf("packed %d times soon after the opening", n)
+		}
+		// A request ends it when it has just begun.
+		time.Sleep(after)
+		if n := g.efforts[Packing].Load(); n != 1 {
+			t.Errorf("packed %d times, and there was a request in the first", n)
+		}
+		time.Sleep(2 * after)
+		want(files, int(Packing), 32)
+		want(last, int(Packing), 32)
+		want(random, int(Relaxed), 16)
+		if n, m := g.efforts[Relaxed].Load()-relaxed, g.efforts[Packing].Load(); n != 0 || m != 2*region/32 {
+			t.Errorf("after the restart encoded %d times and packed %d times, want 0 and %d", n, m, 2*region/32)
+		}
+		// What was written has its extent encoded, and packed.
+		must(t, c.blob(last*region+5, 1, 1))
+		must(t, c.commit())
+		time.Sleep(after / 2)
+		if k := kinds(last); k[[2]int{int(Packing), 32}] != region/32 { // all but block 5
+			t.Errorf("one block was written, and the extents are %v", k)
+		}
+		time.Sleep(2 * after)
+		want(last, int(Packing), 32)
+		if n, m := g.efforts[Relaxed].Load()-relaxed, g.efforts[Packing].Load(); n > 1 || m != 2*region/32+1 {
+			t.Errorf("one block was written: encoded %d times and packed %d times", n, m-2*region/32)
+		}
+		// What is read at random when it is packed already is unpacked, beside the readers.
+		read(files, region/randomExtent)
+		for range 60 {
+			requests.Add(1)
+			time.Sleep(time.Second)
+		}
+		want(files, int(Relaxed), 16)
+		time.Sleep(2 * after)
+		want(files, int(Relaxed), 16)
+		c.StopCleaning()
+		c.closeClean()
 	})
 }
