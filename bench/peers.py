@@ -156,8 +156,8 @@ def main():
     if not cnbd:
         run("make", "-C", ROOT, "build")
         cnbd = os.path.join(ROOT, "bin", "cnbd")
-    loop = os.path.join(ROOT, "build", "loop")
-    run("go", "build", "-o", loop, "./bench/loop", cwd=ROOT)
+    loop, args.pipeline = (os.path.join(ROOT, "build", name) for name in ("loop", "pipeline"))
+    run("go", "build", "-o", os.path.dirname(loop) + "/", "./bench/loop", "./bench/pipeline", cwd=ROOT)
     chosen = choose(args, cnbd, loop)
 
     # Ctrl-C and SIGTERM end it in good order, and nothing disturbs the end.

@@ -3,7 +3,7 @@
 import statistics
 
 from machine import GIB, MIB
-from servers import AGAIN, AUTO, BASE, FASTEST, LOOP, OFFERED, ZSTD1, ZSTD3
+from servers import AGAIN, AUTO, BASE, FASTEST, LARGE, LOOP, OFFERED, ZSTD1, ZSTD3
 
 
 class Results:
@@ -113,7 +113,7 @@ def peak(r, n):
 # Those with the limits of memory that are the default.
 LIVES = ("empty", "with data", "overwritten", "copied in", "copied out", "storm", "with source", "with postgres", "with noise")
 AT_LEAST, AT_MOST = True, False
-FOUR = [(1, "mix, depth 1, connections "), (16, "mix, depth 16, connections ")]
+FOUR = [("depth 1 on each", "mix, depth 1, connections "), ("depth 16 on each", "mix, depth 16, connections "), ("depth 16 on each, many requests at once", "pipelined mix, connections ")]
 
 TARGETS = [
     Target("sequential write + FLUSH, `auto` / Btrfs zstd:1", AT_LEAST, 1.5, against(AUTO, ZSTD1, "write", "MiB/s")),
@@ -126,12 +126,16 @@ TARGETS = [
     Target("ratio after the storm and long idle / its own before the storm", AT_LEAST, 0.95, ratios(AUTO, "stored, storm and idle", "storm", AUTO, "stored, idle", None)),
     Target("sequential read, cold / Btrfs zstd:1", AT_LEAST, 1.5, against(AUTO, ZSTD1, "read cold", "MiB/s")),
     Target("sequential read, warm / nbdkit raw", AT_LEAST, 1.0, against(AUTO, BASE, "read warm", "MiB/s")),
+    Target("the same, cache as large as the image", AT_LEAST, 1.0, against(LARGE, BASE, "read warm", "MiB/s")),
     Target("4 KiB random read within cache, depth 1 / nbdkit raw", AT_LEAST, 1.2, against(AUTO, BASE, "cached read, depth 1", "iops")),
     Target("the same, depth 16", AT_LEAST, 2.5, against(AUTO, BASE, "cached read, depth 16", "iops")),
+    Target("the same, by a client that sends many requests at once", AT_LEAST, 2.5, against(AUTO, BASE, "pipelined cached read", "iops")),
     *[Target(f"4 KiB random read, memory limited, depth {d} / {peer}", AT_LEAST, bound, against(AUTO, peer, f"limited read, depth {d}", "iops")) for d in (1, 16) for peer, bound in ((ZSTD1, 2.0), (BASE, 0.9))],
     Target("4 KiB random write, depth 16, no FLUSH / nbdkit raw", AT_LEAST, 3.0, against(AUTO, BASE, "write, depth 16", "iops")),
+    Target("the same, by a client that sends many requests at once", AT_LEAST, 3.0, against(AUTO, BASE, "pipelined write", "iops")),
     Target("4 KiB random write, FLUSH every 32, depth 1 / nbdkit raw", AT_LEAST, 3.0, against(AUTO, BASE, "write, FLUSH every 32, depth 1", "iops")),
     Target("the same, depth 16", AT_LEAST, 4.0, against(AUTO, BASE, "write, FLUSH every 32, depth 16", "iops")),
+    Target("the same, by a client that sends many requests at once", AT_LEAST, 4.0, against(AUTO, BASE, "pipelined write, FLUSH every 32", "iops")),
     Target("4 KiB write + FLUSH, p50 / nbdkit raw", AT_MOST, 0.9, against(AUTO, BASE, "pairs", "p50 us")),
     Target("the same, p99", AT_MOST, 1.0, against(AUTO, BASE, "pairs", "p99 us")),
     Target("p50 without two round trips / the disk's lowest floor", AT_MOST, 1.3, above_floor),
@@ -139,7 +143,7 @@ TARGETS = [
     Target("incompressible data, sequential write + FLUSH, `auto` / nbdkit raw", AT_LEAST, 0.9, against(AUTO, BASE, "write noise", "MiB/s")),
     Target("nbdcopy in / Btrfs zstd:1", AT_LEAST, 1.2, against(AUTO, ZSTD1, "copy in", "MiB/s")),
     Target("nbdcopy out / nbdkit raw", AT_LEAST, 1.0, against(AUTO, BASE, "copy out", "MiB/s")),
-    *[Target(f"4 connections, 4 KiB mix, depth {d} on each / one connection", AT_LEAST, 1.5, lambda r, n, w=w: quotient(r.get(n, AUTO, w + "4", "iops"), r.get(n, AUTO, w + "1", "iops"))) for d, w in FOUR],
+    *[Target(f"4 connections, 4 KiB mix, {d} / one connection", AT_LEAST, 1.5, lambda r, n, w=w: quotient(r.get(n, AUTO, w + "4", "iops"), r.get(n, AUTO, w + "1", "iops"))) for d, w in FOUR],
     Target("peak memory / caches configured + the overhead of P6", AT_MOST, 1.0, peak),
     Target("allocations per 4 KiB read hit", AT_MOST, 0, lambda r, n: r.get(n, AUTO, "cached read, depth 16", "allocations"), "%.3f"),
     Target("allocations per 4 KiB write", AT_MOST, 0, lambda r, n: r.get(n, AUTO, "write, depth 16", "allocations"), "%.3f"),
@@ -158,6 +162,9 @@ TABLES = [
         ("write, depth 16", "write, depth 16", "iops", "k%.1f"),
         ("FLUSH every 32, depth 1", "write, FLUSH every 32, depth 1", "iops", "k%.1f"), ("FLUSH every 32, depth 16", "write, FLUSH every 32, depth 16", "iops", "k%.1f")]
         + [(f"mix, depth {d}, {c} conn.", f"mix, depth {d}, connections {c}", "iops", "k%.1f") for d in (1, 16) for c in (1, 4)]),
+    ("4 KiB at depth 16, by a client that sends many requests at once (thousands a second)", [
+        ("read in cache", "pipelined cached read", "iops", "k%.1f"), ("write", "pipelined write", "iops", "k%.1f"), ("FLUSH every 32", "pipelined write, FLUSH every 32", "iops", "k%.1f")]
+        + [(f"mix, {c} conn.", f"pipelined mix, connections {c}", "iops", "k%.1f") for c in (1, 4)]),
     ("4 KiB write + FLUSH (µs)", [("p50", "pairs", "p50 us", "%.0f"), ("p99", "pairs", "p99 us", "%.0f")]),
 ]
 
@@ -242,7 +249,7 @@ def floors(r):
 def distance(r):
     """How far cnbd, and nbdkit, are from the bare loop."""
     rows = []
-    for workload, figure in (("read warm", "MiB/s"), ("cached read, depth 1", "iops"), ("cached read, depth 16", "iops"), ("write, depth 16", "iops")):
+    for workload, figure in (("read warm", "MiB/s"), ("cached read, depth 1", "iops"), ("cached read, depth 16", "iops"), ("write, depth 16", "iops"), ("pipelined cached read", "iops"), ("pipelined write", "iops")):
         row = [r.each(lambda n: against(s, LOOP, workload, figure)(r, n)) for s in (AUTO, BASE)]
         if all(row):
             rows.append([workload] + [spread(values, "%.2f") for values in row])
@@ -286,6 +293,7 @@ def tables(runs):
     ]
     for title, columns in TABLES:
         rows = [[s] + [cell(r, s, *c[1:]) for c in columns] for s in r.servers()]
+        rows = [row for row in rows if any(text != "–" for text in row[1:])]
         used = [i for i in range(1, len(columns) + 1) if any(row[i] != "–" for row in rows)]
         if used:
             out += [f"\n### {title}\n", markdown(["server"] + [columns[i - 1][0] for i in used], [[row[0]] + [row[i] for i in used] for row in rows])]

@@ -5,6 +5,7 @@ workload gives a dict of figures; one that fails gives {"error": why}, and the
 life goes on as far as it can.
 """
 
+import concurrent.futures
 import contextlib
 import json
 import mmap
@@ -26,6 +27,7 @@ GROUPS = {
     "pairs": "4 KiB write and FLUSH, one after the other",
     "mix": "4 KiB mix of 70 % reads, by one connection and by four",
     "write": "4 KiB random write, with and without a FLUSH every 32",
+    "pipelined": "4 KiB reads in cache, mixes and writes at depth 16 by bench/pipeline, a client that takes less of the machine than fio",
     "copy": "nbdcopy in and out, as it comes",
     "storm": "stored bytes after idle time, after a storm of 4 KiB overwrites, and after idle time again",
     "data": "sequential write of the other sets of data",
@@ -65,6 +67,16 @@ def random_io(running, options, region, rw, depth, jobs=1, **more):
             percentiles = side["clat_ns"]["percentile"]
             r[f"{name} p50 us"], r[f"{name} p99 us"] = percentiles["50.000000"] / 1e3, percentiles["99.000000"] / 1e3
     return r
+
+
+def pipelined(running, options, region, dataset, connections=1, reads=100, flush=0):
+    """4 KiB at random places of region, at depth 16, by bench/pipeline: a process for
+    each connection. What is written are blocks of dataset."""
+    argv = [options.pipeline, "-depth=16", f"-size={region}", f"-seconds={options.seconds}", f"-reads={reads}", f"-flush={flush}", f"-data={dataset.path}"]
+    with concurrent.futures.ThreadPoolExecutor(connections) as pool:
+        said = pool.map(lambda n: run(*argv, f"-seed={options.seed * 100 + n}", running.socket, timeout=options.seconds + 60), range(connections))
+        results = [json.loads(text) for text in said]
+    return {"iops": sum(r["requests"] / r["seconds"] for r in results), "requests": sum(r["requests"] for r in results)}
 
 
 def counted(server, work):
@@ -190,7 +202,7 @@ class Life:
         self.results = {}
 
     def wants(self, group):
-        return group in self.options.groups
+        return group in self.options.groups and (self.server.groups is None or group in self.server.groups)
 
     def measure(self, name, work):
         """Notes the figures of a workload, or its error."""
@@ -229,7 +241,7 @@ class Life:
 
     def live(self):
         root = self.sets["root"]
-        inplace = [g for g in ("sequential", "read", "limited", "pairs", "mix", "write") if self.wants(g)]
+        inplace = [g for g in ("sequential", "read", "limited", "pairs", "mix", "write", "pipelined") if self.wants(g)]
         if not self.server.keeps:
             self.fresh(root)
             with self.started("empty", writes=True) as s:
@@ -242,14 +254,14 @@ class Life:
             self.fresh(root)
             with self.started("empty", writes=True) as s:
                 self.write("write", s, root)
-            if "sequential" in inplace or "read" in inplace:
+            if any(g in inplace for g in ("sequential", "read", "pipelined")):
                 with self.started("with data") as s:
                     self.reads(s, root)
             if "limited" in inplace:
                 with self.started("limited", self.options.limit) as s:
                     for depth in (1, 16):
                         self.measure(f"limited read, depth {depth}", lambda d=depth: random_io(s, self.options, root.size, "randread", d, ramp_time=f"{self.options.seconds * 200:.0f}ms"))
-            if any(g in inplace for g in ("pairs", "mix", "write")):
+            if any(g in inplace for g in ("pairs", "mix", "write", "pipelined")):
                 with self.started("overwritten", writes=True) as s:
                     self.overwrite(s, root)
         if self.wants("copy") or self.wants("storm"):
@@ -292,13 +304,16 @@ class Life:
         if self.wants("sequential"):
             for name in ("read cold", "read warm"):
                 self.measure(name, lambda: timed_copy(s, root.size, *SEQUENTIAL, s.uri, "null:"))
-        if not self.wants("read"):
+        if not self.wants("read") and not self.wants("pipelined"):
             return
         self.results["cached region"] = {"bytes": self.options.region}
         for name, region in (("cached", self.options.region), ("beyond", root.size)):
             fio(s.uri, self.options, region, rw="read", bs="1m", iodepth=8)
-            for depth in (1, 16):
-                self.measure(f"{name} read, depth {depth}", lambda r=region, d=depth: counted(self.server, lambda: random_io(s, self.options, r, "randread", d)))
+            if self.wants("read"):
+                for depth in (1, 16):
+                    self.measure(f"{name} read, depth {depth}", lambda r=region, d=depth: counted(self.server, lambda: random_io(s, self.options, r, "randread", d)))
+            if self.wants("pipelined") and name == "cached":
+                self.measure("pipelined cached read", lambda r=region: pipelined(s, self.options, r, root))
 
     def overwrite(self, s, root):
         def quiet(name, work):
@@ -315,6 +330,11 @@ class Life:
             for depth in (1, 16):
                 quiet(f"write, FLUSH every 32, depth {depth}", lambda d=depth: random_io(s, self.options, root.size, "randwrite", d, fsync=32))
             quiet("write, depth 16", lambda: counted(self.server, lambda: random_io(s, self.options, root.size, "randwrite", 16)))
+        if self.wants("pipelined"):
+            for connections in (1, 4):
+                quiet(f"pipelined mix, connections {connections}", lambda c=connections: pipelined(s, self.options, root.size, root, c, reads=70))
+            quiet("pipelined write, FLUSH every 32", lambda: pipelined(s, self.options, root.size, root, reads=0, flush=32))
+            quiet("pipelined write", lambda: pipelined(s, self.options, root.size, root, reads=0))
 
     def storms(self, s, root):
         def settled(seconds):
