@@ -65,7 +65,8 @@ func (d *Device) hurry(n int) bool {
 type recoder struct {
 	decoder *compression.Decoder
 	encoder *compression.Encoder
-	setting [store.Packing + 1]compression.Setting // by effort: that for new data, that of the background, that for packing
+	hurried compression.Setting // as for new data
+	setting compression.Setting // when there is time
 }
 
 // Decode implements store.Recoder.
@@ -75,14 +76,25 @@ func (r *recoder) Decode(dst, src []byte, a extents.Addr) ([]byte, error) {
 
 // Encode implements store.Recoder.
 func (r *recoder) Encode(dst, src []byte, e store.Effort) (out []byte, codec, level uint8, ok bool) {
-	out, used, ok := r.encoder.Encode(dst, src, r.setting[e])
+	var used compression.Setting
+	switch e {
+	case store.Packing, store.PackingRaw:
+		out, used, ok = r.encoder.Pack(dst, src, e == store.PackingRaw)
+	case store.Hurried:
+		out, used, ok = r.encoder.Encode(dst, src, r.hurried)
+	default:
+		out, used, ok = r.encoder.Encode(dst, src, r.setting)
+	}
 	return out, uint8(used.Codec), uint8(used.Level), ok
 }
 
 // Done implements store.Recoder. The numbers of codecs and of their levels ascend
 // with what they save.
 func (r *recoder) Done(codec, level uint8, e store.Effort) bool {
-	s := r.setting[e].Resolve()
+	s := r.setting.Resolve()
+	if e == store.Packing {
+		s = compression.Setting{Codec: compression.Zstd, Level: compression.ZstdBest}
+	}
 	return codec > uint8(s.Codec) || codec == uint8(s.Codec) && level >= uint8(s.Level)
 }
 

@@ -270,15 +270,15 @@ func Open(f disk.File, o Options) (_ *Device, err error) {
 		Pressure:   d.cache.WaitersForDirty,
 		Failed:     func(err error) { o.Warn("a commit has failed", err) },
 	})
-	behind, packed, packAfter := background(d.codec), compression.Setting{Codec: compression.Zstd, Level: compression.ZstdBest}, o.PackAfter
+	behind, packAfter := background(d.codec), o.PackAfter
 	if o.Background != nil {
 		behind = *o.Background
 	}
 	if behind.Codec != compression.Zstd || o.Background != nil {
-		packed, packAfter = behind, 0
+		packAfter = 0
 	}
 	d.store.StartCleaning(store.CleanerOptions{
-		Recoder:    &recoder{d.decoder, compression.NewEncoder(), [...]compression.Setting{d.codec, behind, packed}},
+		Recoder:    &recoder{d.decoder, compression.NewEncoder(), d.codec, behind},
 		Recompress: !o.NoRecompress, PackAfter: packAfter, Period: o.CleanPeriod, Requests: d.requests.Load,
 	})
 	return d, nil

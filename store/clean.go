@@ -74,9 +74,10 @@ type Recoder interface {
 type Effort uint8
 
 const (
-	Hurried Effort = iota // writes are waiting
-	Relaxed               // nobody waits
-	Packing               // nobody waits, and nothing has been asked for for long
+	Hurried    Effort = iota // writes are waiting
+	Relaxed                  // nobody waits
+	Packing                  // nobody waits, and nothing has been asked for for long
+	PackingRaw               // as Packing, what was left raw: most of it is not worth it
 )
 
 // CleanerOptions are the settings of the cleaner.

@@ -20,8 +20,7 @@ import (
 //
 // When clients have asked for nothing for long it comes once more, and packs: the largest
 // extents that there are, and the highest level. To read a block of such an extent costs more, so regions
-// that are read at random are left out, and unpacked if they were packed before. What was left raw before
-// stays as it is.
+// that are read at random are left out, and unpacked if they were packed before.
 //
 // The results are copies as the cleaner makes them, so they can be overtaken,
 // interrupted and lost like those.
@@ -40,8 +39,10 @@ const (
 	recompressBurst = 4 * time.Millisecond
 
 	// recompressGain is the least part of what an extent takes, as a divisor, that
-	// encoding it anew must save, unless it makes one extent of several.
+	// encoding it anew must save, unless it makes one extent of several; packGain that
+	// of packing.
 	recompressGain = 32
+	packGain       = 128
 
 	// randomExtent is that of so many blocks of a region one read at random is, on average,
 	// when the region is said to be read at random.
@@ -329,7 +330,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 	}
 	// All of one blob; there may be holes between its blocks.
 	one := blobs == 1 && count == block.Count(last.Blocks)
-	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level, effort) || raw && effort == Packing {
+	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level, effort) {
 		return nil
 	}
 	// The blocks of all, in order.
@@ -344,13 +345,24 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 		}
 		c.blocks = append(c.blocks, c.decoded[int(e.Skip)*block.Size:][:e.Count.Bytes()]...)
 	}
+	packing := effort == Packing
+	if packing && raw {
+		effort = PackingRaw
+	}
 	out, codec, level, ok := c.recoder.Encode(c.encoded[:0], c.blocks, effort)
 	c.encoded = out[:0]
-	if !ok {
+	switch {
+	case !ok && packing:
+		return nil
+	case !ok:
 		out, codec, level = c.blocks, 0, 0
 	}
 	after := recordHeader + uint64(len(out))
-	if after > stored || one && after+stored/recompressGain > stored {
+	gain := uint64(recompressGain)
+	if packing {
+		gain = packGain
+	}
+	if after > stored || one && after+stored/gain > stored {
 		return nil
 	}
 	c.s.metrics.recompressedBytes.Add(uint64(len(c.blocks)))

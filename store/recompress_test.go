@@ -163,8 +163,8 @@ func TestRecompressionGivesWay(t *testing.T) {
 type grades struct {
 	quarter
 	refused map[[8]byte]bool
-	efforts [Packing + 1]atomic.Int64 // how often each was asked for
-	packs   func()                    // is called by each encoding of effort Packing, which takes encodeTime
+	efforts [PackingRaw + 1]atomic.Int64 // how often each was asked for
+	packs   func()                       // is called by each encoding of effort Packing, which takes encodeTime
 }
 
 func (g *grades) Encode(dst, src []byte, e Effort) ([]byte, uint8, uint8, bool) {
@@ -182,8 +182,7 @@ func (g *grades) Encode(dst, src []byte, e Effort) ([]byte, uint8, uint8, bool) 
 func (*grades) Done(codec, level uint8, e Effort) bool { return codec == 2 && level >= uint8(e) }
 
 // TestPacked: what was encoded anew is packed when clients have asked for nothing for
-// PackAfter, but for regions that are read at random and what does not compress; and
-// each once, whatever comes between.
+// PackAfter, but for regions that are read at random; and each once, whatever comes between.
 func TestPacked(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		const (
@@ -275,6 +274,15 @@ func TestPacked(t *testing.T) {
 		want(random, int(Relaxed), 16)
 		if n, m := g.efforts[Relaxed].Load()-relaxed, g.efforts[Packing].Load(); n != 0 || m != 2*region/32 {
 			t.Errorf("after the restart encoded %d times and packed %d times, want 0 and %d", n, m, 2*region/32)
+		}
+		// What was left raw was tried again, in vain.
+		if n := g.efforts[PackingRaw].Load(); n < region/32 || n > 2*region/32 {
+			t.Errorf("%d extents that were raw were tried again, want %d", n, region/32)
+		}
+		for k := range kinds(noise) {
+			if k[0] != -1 {
+				t.Errorf("in the region of noise are extents by level and blocks %v", k)
+			}
 		}
 		// What was written has its extent encoded, and packed.
 		must(t, c.blob(last*region+5, 1, 1))

@@ -12,8 +12,8 @@
 //
 // Invariants:
 //
-//  1. What Encode says is worth storing is at least a sixteenth smaller, and
-//     Decode gives it back byte for byte.
+//  1. What Encode says is worth storing is at least a sixteenth smaller, of Pack a
+//     sixty-fourth, and Decode gives it back byte for byte.
 //  2. Decode gives exactly the size asked for or an error, whatever its input
 //     is, and never takes memory by what the input says.
 //  3. No region of a device is remembered as incompressible for ever.

@@ -53,3 +53,29 @@ func TestMixedBlocks(t *testing.T) {
 		}
 	}
 }
+
+// Pack keeps what saves a sixty-fourth, and leaves what does not.
+func TestPack(t *testing.T) {
+	rng := rand.New(rand.NewPCG(disktest.Seed(t), 0))
+	e, d := NewEncoder(), NewDecoder(1)
+	defer d.Close()
+	before := []byte("before")
+	for zeros := 0; zeros < 16<<10; zeros += 512 {
+		src := noise(rng, SizeMax)
+		clear(src[len(src)/2:][:zeros])
+		out, used, ok := e.Pack(before, src, zeros%1024 == 0)
+		if !bytes.HasPrefix(out, before) {
+			t.Fatal("what was there is gone")
+		}
+		// The rest of a chunk with noise in it is not found.
+		if least := SizeMax / 64; ok && zeros < least || !ok && zeros > least+4<<10+512 {
+			t.Errorf("%d zeros in noise: %v, %d bytes", zeros, ok, len(out))
+		}
+		if !ok {
+			continue
+		}
+		if back, err := d.Decode(nil, out[len(before):], used.Codec, len(src)); err != nil || !bytes.Equal(back, src) || used != (Setting{Zstd, ZstdBest}) {
+			t.Errorf("%d zeros in noise do not come back from %v: %v", zeros, used, err)
+		}
+	}
+}
