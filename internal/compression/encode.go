@@ -42,8 +42,8 @@ func (e *Encoder) Encode(dst, src []byte, s Setting) (out []byte, used Setting, 
 }
 
 // Pack is Encode at level ZstdBest for data that is hardly ever read: it is worth it from
-// a sixty-fourth on. If that is doubtful ZstdBetter, which
-// takes a quarter of the time, has to find so much first. (ZstdFastest finds none of what the others do.)
+// a sixty-fourth on. If that is doubtful ZstdBetter, which takes a quarter of the time,
+// has to find so much first. (ZstdFastest finds nothing of what that does.)
 func (e *Encoder) Pack(dst, src []byte, doubtful bool) (out []byte, used Setting, ok bool) {
 	n := len(dst)
 	if doubtful {
