@@ -132,6 +132,7 @@ type cleaner struct {
 	blocks  []byte // of a decoded blob, or of several
 	decoded []byte
 	list    []extents.Extent
+	vain    []uint64 // vainKey of what has been encoded anew without getting smaller; vainSlots
 	encoded []byte
 	overlay []extents.Extent // scratch
 
@@ -197,6 +198,8 @@ func (s *Store) StartCleaning(o CleanerOptions) {
 	c.recoder = o.Recoder
 	c.recompresses = o.Recompress && o.Recoder != nil
 	c.packAfter, c.began = o.PackAfter, time.Now()
+	c.vain = make([]uint64, vainSlots)
+	s.touched.faded = c.began
 	if o.Requests != nil {
 		c.requests = o.Requests
 	}
@@ -991,6 +994,7 @@ func (c *cleaner) work() (worked bool, pause time.Duration) {
 	} else {
 		c.quiet++
 	}
+	s.touched.fade()
 	busy, used := c.quiet < quietLooks, c.inUse()
 	pause = pauseIdle
 	if busy || used {

@@ -48,6 +48,14 @@ const (
 	// when the region is said to be read at random.
 	randomExtent = 16
 
+	// fadeAfter is when half of the reads at random are forgotten.
+	fadeAfter = time.Hour
+
+	// vainSlots is how many extents are remembered that did not get smaller, so that one
+	// write into a region, or a request that ends packing before the region does, does not have all
+	// of them tried again: those of 2 to 4 GiB.
+	vainSlots = 1 << 15
+
 	// regionsMax bounds the number of regions of which is known whether they were
 	// touched. It is format.
 	regionsMax = 8192
@@ -62,12 +70,16 @@ type touched struct {
 	bits    regionSet     // that were touched
 	loose   regionSet     // that have been encoded anew, and are to be packed
 
-	// misses counts reads at random, by region, since the opening.
+	// misses counts reads at random, by region, since the opening; half of them are
+	// forgotten now and then.
 	misses [regionsMax]atomic.Uint32
 
-	at, end block.Index  // what is left to look at of the region whose bit was taken; guarded by the cleaner's turn
-	packing bool         // that region; guarded by the cleaner's turn
-	taken   atomic.Int64 // number of that region, -1 if nothing is left of it
+	taken atomic.Int64 // number of the region whose bit was taken, -1 if nothing is left of it
+
+	// Guarded by the cleaner's turn.
+	at, end block.Index // what is left to look at of that region
+	packing bool        // it
+	faded   time.Time   // when misses were last halved
 }
 
 // A regionSet is a set of regions. It is safe for concurrent use.
@@ -141,8 +153,8 @@ func (t *touched) note(r block.Range) {
 
 // noteRandomRead says that r has been read by itself. It may be called concurrently.
 func (t *touched) noteRandomRead(r block.Range) {
-	n := min(uint64(r.Start)>>t.shift, t.regions.Load()-1)
-	if t.misses[n].Add(1) == t.randomMin() {
+	n := uint64(r.Start) >> t.shift
+	if n < t.regions.Load() && t.misses[n].Add(1) == t.randomMin() {
 		t.bits.add(n) // it may have been packed
 	}
 }
@@ -154,11 +166,22 @@ func (t *touched) randomMin() uint32 { return 1 << t.shift / randomExtent }
 // random tells whether region n is read at random.
 func (t *touched) random(n uint64) bool { return t.misses[n].Load() >= t.randomMin() }
 
+// fade forgets half of the reads at random when it is time. It may be called once at a time.
+func (t *touched) fade() {
+	if time.Since(t.faded) < fadeAfter {
+		return
+	}
+	t.faded = time.Now()
+	for i := range t.regions.Load() {
+		t.misses[i].Store(t.misses[i].Load() / 2) // a read that comes between does not matter
+	}
+}
+
 // next takes the next region that was touched, or with pack, if there is none, the next one
 // to be packed, in the order of blocks and then from the first on, and reports whether
-// there is one. With packs the one that is done with will be packed.
-func (t *touched) next(packs, pack bool) bool {
-	if n := t.taken.Load(); n >= 0 && packs && !t.packing {
+// there is one. The one that is done with is to be packed.
+func (t *touched) next(pack bool) bool {
+	if n := t.taken.Load(); n >= 0 && !t.packing {
 		t.loose.add(uint64(n))
 	}
 	t.taken.Store(-1) // behind that: encode sees one or the other
@@ -175,7 +198,6 @@ func (t *touched) take(s *regionSet, packing bool) bool {
 			continue
 		}
 		if packing && t.random(i) {
-			s.remove(i)
 			continue
 		}
 		t.taken.Store(int64(i)) // before the bit goes
@@ -197,7 +219,18 @@ func (t *touched) putBack() {
 // NoteRandomRead says that r, smaller than an extent, was read from the store without what
 // lies beside it. Regions of which much is read so are not packed. It may be called
 // concurrently.
-func (s *Store) NoteRandomRead(r block.Range) { s.touched.noteRandomRead(r) }
+func (s *Store) NoteRandomRead(r block.Range) {
+	if s.cleaner != nil && s.cleaner.packAfter > 0 {
+		s.touched.noteRandomRead(r)
+	}
+}
+
+// roomy tells whether there is so much free that data may be stored larger than it is, for
+// those who read it.
+func (s *Store) roomy() bool {
+	free, _ := s.segments.room()
+	return free > s.segments.total.Load()/8
+}
 
 // recompress does a turn of recompression, and reports whether there was anything
 // to look at. REQUIRES: the turn of the cleaner.
@@ -206,7 +239,7 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	t := s.touched
 	began := time.Now()
 	enough := func() bool {
-		return c.stopping() || time.Since(began) >= recompressBurst && c.inUse()
+		return c.stopping() || c.waiting.Load() > 0 || time.Since(began) >= recompressBurst && c.inUse()
 	}
 	view := s.View()
 	defer s.Unview(view)
@@ -220,8 +253,8 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	if t.at < t.end && t.packing && !pack {
 		t.putBack()
 	}
-	const worst = recompressBytes + recompressBytes/block.Size*recordHeader
-	changes := int64(recompressBytes / block.Size)
+	const changes = recompressBytes/block.Size + ExtentBlocksMax
+	const worst = changes * (block.Size + recordHeader)
 	if !c.claim(worst, changes) {
 		return false, nil
 	}
@@ -233,7 +266,7 @@ func (c *cleaner) recompress() (worked bool, err error) {
 			if s.appended() != c.settled {
 				break
 			}
-			if !t.next(c.packAfter > 0, pack) {
+			if !t.next(pack) {
 				break
 			}
 		}
@@ -242,11 +275,11 @@ func (c *cleaner) recompress() (worked bool, err error) {
 		if t.packing {
 			window, effort = ExtentBlocksMax, Packing
 		} else {
-			unpack = t.random(uint64(t.taken.Load()))
+			unpack = c.packAfter > 0 && t.random(uint64(t.taken.Load())) && s.roomy()
 		}
 		// All extents from here to the end of the region, as many as may be.
 		part := block.Range{Start: t.at, End: min(t.end, t.at+block.Index((recompressBytes-looked+block.Size-1)/block.Size))}
-		part.End = (part.End + window - 1) / window * window
+		part.End = (part.End + ExtentBlocksMax - 1) / ExtentBlocksMax * ExtentBlocksMax // no extent lies on both sides
 		t.at = part.End
 		list, ok, err := c.extents(root, part, view.version)
 		if err != nil {
@@ -261,17 +294,21 @@ func (c *cleaner) recompress() (worked bool, err error) {
 			break
 		}
 		for len(list) > 0 {
-			at := list[0].Start / window * window
-			n := 0
-			for n < len(list) && list[n].Start < at+window {
-				looked += list[n].Count.Bytes()
-				n++
+			r, n := group(list, window)
+			packed := slices.ContainsFunc(list[:n], func(e extents.Extent) bool {
+				return block.Index(e.Addr.Blocks) > window && (!unpack || c.recoder.Done(e.Addr.Codec, e.Addr.Level, Packing))
+			})
+			if packed && !unpack {
+				r, n = group(list, ExtentBlocksMax) // what is left of it becomes one extent again
+			}
+			for _, e := range list[:n] {
+				looked += e.Count.Bytes()
 			}
 			err := error(nil)
-			if unpack && slices.ContainsFunc(list[:n], func(e extents.Extent) bool { return block.Index(e.Addr.Blocks) > window }) {
+			if packed && unpack {
 				err = c.unpack(list[:n], window, view.version)
 			} else {
-				err = c.recompressExtent(list[:n], block.Range{Start: at, End: at + window}, effort, view.version)
+				err = c.recompressExtent(list[:n], r, effort, view.version)
 			}
 			if err != nil {
 				if s.Err() != nil {
@@ -287,6 +324,17 @@ func (c *cleaner) recompress() (worked bool, err error) {
 	}
 	_, err = c.enter(view.version)
 	return worked, err
+}
+
+// group is the place of the extent of size blocks in which list begins, and how many of
+// list begin in it.
+func group(list []extents.Extent, size block.Index) (r block.Range, n int) {
+	r.Start = list[0].Start / size * size
+	r.End = r.Start + size
+	for n < len(list) && list[n].Start < r.End {
+		n++
+	}
+	return r, n
 }
 
 // extents returns the extents of kinds Data and Lost of the tree in r. ok is false
@@ -345,6 +393,11 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 		}
 		c.blocks = append(c.blocks, c.decoded[int(e.Skip)*block.Size:][:e.Count.Bytes()]...)
 	}
+	key := vainKey(list, effort)
+	vain := &c.vain[key%vainSlots]
+	if *vain == key {
+		return nil
+	}
 	packing := effort == Packing
 	if packing && raw {
 		effort = PackingRaw
@@ -353,6 +406,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 	c.encoded = out[:0]
 	switch {
 	case !ok && packing:
+		*vain = key
 		return nil
 	case !ok:
 		out, codec, level = c.blocks, 0, 0
@@ -363,6 +417,7 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 		gain = packGain
 	}
 	if after > stored || one && after+stored/gain > stored {
+		*vain = key
 		return nil
 	}
 	c.s.metrics.recompressedBytes.Add(uint64(len(c.blocks)))
@@ -372,15 +427,26 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 	return c.copyRecord(h, out, sequence)
 }
 
+// vainKey stands for encoding list, which is not empty, with that effort.
+func vainKey(list []extents.Extent, effort Effort) uint64 {
+	h := uint64(effort) + 1
+	for _, e := range list {
+		for _, v := range [...]uint64{uint64(e.Start)<<8 | uint64(e.Count), uint64(e.Addr.Segment)<<32 | uint64(e.Addr.Offset), uint64(e.Addr.Checksum)<<32 | uint64(e.Addr.Length)} {
+			h = (h ^ v) * 0x9e3779b97f4a7c15 // the golden ratio, as in Knuth's multiplicative hashing
+			h ^= h >> 32
+		}
+	}
+	return h
+}
+
 // unpack encodes those of list that are of blobs longer than window as extents of window,
 // whatever they take. What lies between them is encoded with its neighbours when the
 // region is looked at once more.
 func (c *cleaner) unpack(list []extents.Extent, window block.Index, sequence uint64) error {
+	others := false
 	for _, e := range list {
 		if e.Kind != extents.Data || block.Index(e.Addr.Blocks) <= window {
-			if e.Kind == extents.Data {
-				c.s.touched.note(e.Range())
-			}
+			others = true
 			continue
 		}
 		if err := c.decode(e.Addr); err != nil {
@@ -396,6 +462,9 @@ func (c *cleaner) unpack(list []extents.Extent, window block.Index, sequence uin
 			}
 		}
 		c.s.metrics.recompressedBytes.Add(e.Count.Bytes())
+	}
+	if others { // not before all of it could be read, or it would be looked at for ever
+		c.s.touched.note(list[0].Range())
 	}
 	return nil
 }

@@ -296,6 +296,18 @@ func TestPacked(t *testing.T) {
 		if n, m := g.efforts[Relaxed].Load()-relaxed, g.efforts[Packing].Load(); n > 1 || m != 2*region/32+1 {
 			t.Errorf("one block was written: encoded %d times and packed %d times", n, m-2*region/32)
 		}
+		// What is left of an extent of which half was overwritten becomes one again at once.
+		for b := 1; b < 32; b += 2 {
+			must(t, c.blob(last*region+b, 1, 1))
+		}
+		must(t, c.commit())
+		requests.Add(1)
+		time.Sleep(after / 2)
+		if k := kinds(last); len(k) != 2 || k[[2]int{int(Packing), 32}] != region/32-1 || k[[2]int{int(Relaxed), 32}] != 1 {
+			t.Errorf("half of an extent was overwritten, and the extents are %v", k)
+		}
+		time.Sleep(2 * after)
+		want(last, int(Packing), 32)
 		// What is read at random when it is packed already is unpacked, beside the readers.
 		read(files, region/randomExtent)
 		for range 60 {
@@ -307,5 +319,142 @@ func TestPacked(t *testing.T) {
 		want(files, int(Relaxed), 16)
 		c.StopCleaning()
 		c.closeClean()
+	})
+}
+
+// packs opens a store of so many blocks, each written alone, whose data is packed after
+// 30 s without a request. With warn it tells of damage.
+func packs(t *testing.T, d *disktest.Disk, blocks int, r Recoder, period time.Duration, requests *atomic.Uint64, warn func(string, error)) *committed {
+	t.Helper()
+	must(t, Format(d, testGeometry(blocks, 1000)))
+	c := openCommitted(t, d, Options{Warn: warn})
+	c.StartCleaning(CleanerOptions{Recoder: r, Recompress: true, PackAfter: 30 * time.Second, Period: period, Requests: requests.Load})
+	for b := range blocks {
+		must(t, c.blob(b, 1, 1))
+	}
+	must(t, c.commit())
+	return c
+}
+
+// refuser is a Recoder to which packing is never worth it, and takes a second to find out.
+type refuser struct {
+	grades
+	tries atomic.Int64
+}
+
+func (g *refuser) Encode(dst, src []byte, e Effort) ([]byte, uint8, uint8, bool) {
+	if e >= Packing {
+		g.tries.Add(1)
+		time.Sleep(time.Second)
+		return dst, 0, 0, false
+	}
+	return g.grades.Encode(dst, src, e)
+}
+
+// TestPackedInVainOnce: what does not get smaller is tried once, although requests come
+// before a region is done with, and although something beside it is written.
+func TestPackedInVainOnce(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const blocks = 256
+		var requests atomic.Uint64
+		g := new(refuser)
+		c := packs(t, disktest.New(1, disktest.Options{}), blocks, g, time.Second, &requests, nil)
+		for range 20 {
+			time.Sleep(32 * time.Second) // two are tried between two requests
+			requests.Add(1)
+		}
+		if n := g.tries.Load(); n != blocks/32 {
+			t.Errorf("tried %d times, want %d", n, blocks/32)
+		}
+		for range 3 {
+			must(t, c.blob(7, 1, 1))
+			must(t, c.commit())
+			requests.Add(1)
+			time.Sleep(2 * time.Minute)
+		}
+		if n := g.tries.Load(); n != blocks/32+3 {
+			t.Errorf("tried %d times, 3 extents of %d were written to again", n, blocks/32)
+		}
+		c.StopCleaning()
+		must(t, c.Close())
+	})
+}
+
+// TestUnpackDamaged: a damaged extent that is to be unpacked is told of, and not tried for ever.
+func TestUnpackDamaged(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const blocks = 256
+		var requests atomic.Uint64
+		var warned atomic.Int64
+		g := &grades{packs: func() {}}
+		d := disktest.New(1, disktest.Options{})
+		c := packs(t, d, blocks, g, time.Second, &requests, func(string, error) { warned.Add(1) })
+		time.Sleep(2 * time.Minute)
+		requests.Add(1)
+		must(t, c.blob(0, 1, 1)) // what lies beside it is to be encoded with it again
+		must(t, c.commit())
+		time.Sleep(20 * time.Second)
+		list, err := c.Lookup(block.Span(0, 32), nil)
+		must(t, err)
+		for _, e := range list {
+			if e.Addr.Blocks == 32 {
+				d.Corrupt(c.segments.base(e.Addr.Segment)+int64(e.Addr.Offset), 1)
+			}
+		}
+		for i := range blocks / randomExtent {
+			c.NoteRandomRead(block.Span(block.Index(i), 1))
+		}
+		for range 30 {
+			requests.Add(1)
+			time.Sleep(2 * time.Second)
+		}
+		if n := warned.Load(); n == 0 || n > 3 {
+			t.Errorf("told %d times of one damaged extent", n)
+		}
+		c.StopCleaning()
+		_ = c.Close()
+	})
+}
+
+// TestPackedAgain: what was unpacked is packed again when it is not read at random any more,
+// and a read now and then does not have it unpacked.
+func TestPackedAgain(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		const blocks = 256
+		var requests atomic.Uint64
+		c := packs(t, disktest.New(1, disktest.Options{}), blocks, &grades{packs: func() {}}, time.Minute, &requests, nil)
+		packed := func() (n block.Count) {
+			list, err := c.Lookup(block.Span(0, blocks), nil)
+			must(t, err)
+			for _, e := range list {
+				if e.Addr.Level == uint8(Packing) {
+					n += e.Count
+				}
+			}
+			return n
+		}
+		read := func(every time.Duration, times int) {
+			for i := range times {
+				requests.Add(1)
+				c.NoteRandomRead(block.Span(block.Index(i*7%blocks), 1))
+				time.Sleep(every)
+			}
+		}
+		time.Sleep(time.Hour)
+		read(fadeAfter/4, 2*blocks/randomExtent)
+		if n := packed(); n != blocks {
+			t.Errorf("four reads in an hour have left %d blocks packed", n)
+		}
+		read(time.Second, 2*blocks/randomExtent)
+		time.Sleep(fadeAfter / 2)
+		if n := packed(); n != 0 {
+			t.Errorf("%d blocks are packed, and read at random", n)
+		}
+		time.Sleep(3 * fadeAfter)
+		if n := packed(); n != blocks {
+			t.Errorf("%d blocks are packed hours after they were read at random", n)
+		}
+		c.StopCleaning()
+		must(t, c.Close())
 	})
 }
