@@ -29,8 +29,11 @@ const (
 	sendBytesMax = 1 << 20
 
 	// sendRepliesMax bounds the number of replies that the reader keeps back, so that a client
-	// with many requests in flight has something to do meanwhile.
-	sendRepliesMax = 8
+	// with many requests in flight has something to do meanwhile. Those beyond
+	// sendRepliesSoon answer requests that have come together: what comes one by one, while
+	// the others are answered, is answered the sooner.
+	sendRepliesMax  = 16
+	sendRepliesSoon = 8
 
 	// lingerMax bounds how long a connection that the server ends waits for
 	// the client to close. Closed at once, with requests unread, TCP would
@@ -687,7 +690,7 @@ func (c *conn) answer(r *request) {
 	c.using.counters.finished(r, time.Since(r.begun))
 	c.done = append(c.done, r)
 	c.doneLen += r.dataLen()
-	if c.doneLen >= sendBytesMax || len(c.done) >= sendRepliesMax {
+	if n := len(c.done); c.doneLen >= sendBytesMax || n >= sendRepliesMax || n >= sendRepliesSoon && c.in.buffered() == 0 {
 		c.flush()
 	}
 }
@@ -817,6 +820,7 @@ func (c *conn) nextBatch() bool {
 	m.ready = append(m.ready[:0], m.ready[n:]...)
 	m.unsent -= n
 	m.Unlock()
+	c.reply.gather = len(c.batch) > 1
 	for _, r := range c.batch {
 		c.reply.append(r, c.agreed.mode)
 	}

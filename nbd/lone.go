@@ -128,6 +128,7 @@ func (c *conn) countLone() {
 	} else {
 		c.lone = 0
 	}
+	c.in.lone = c.lone >= loneMin
 }
 
 // executeAlone has the reader execute r, and reports false if that took so long that
@@ -147,7 +148,9 @@ func (c *conn) executeAlone(r *request) bool {
 }
 
 // A poller bounds those who poll to one, and to when the server has nothing else to do:
-// as many as there are clients could take the processors from them.
+// as many as there are clients could take the processors from them. It is for a client
+// that has one request in flight at a time: one with several, which sends as many at
+// once, has so much to do between that to wait for it is better.
 type poller struct {
 	limit    time.Duration // of one look; not positive: nobody polls
 	inFlight *atomic.Int64 // requests of all connections
@@ -158,7 +161,7 @@ type poller struct {
 // another asks for something, or stop was called. It reports ok as try does; polled is false if it has not looked.
 func (rc *receiver) poll() (n int, ok, polled bool, err error) {
 	p := rc.poller
-	if rc.raw == nil || !rc.quick || p.inFlight.Load() > 0 || !p.taken.CompareAndSwap(false, true) {
+	if rc.raw == nil || !rc.lone || !rc.quick || p.inFlight.Load() > 0 || !p.taken.CompareAndSwap(false, true) {
 		return 0, false, false, nil
 	}
 	defer p.taken.Store(false)

@@ -224,13 +224,31 @@ func TestBusyPoll(t *testing.T) {
 	}
 }
 
+// A client that has several requests in flight is not polled for.
+func TestNoPollForMany(t *testing.T) {
+	s := serve(t, Options{Exports: []Export{{Backend: newMemDisk(1 << 20)}}, BusyPoll: busyPollMax})
+	rc := s.rawGo()
+	two := header{cmd: CmdRead, cookie: 1, n: 512}.appendTo(nil)
+	two = append(two, header{cmd: CmdRead, cookie: 2, n: 512}.appendTo(nil)...)
+	for range 200 {
+		rc.put(two)
+		for range 2 {
+			rc.reply()
+			rc.get(512)
+		}
+		if s.poller.taken.Load() {
+			t.Fatal("it is polled for")
+		}
+	}
+}
+
 // The end of a client, and of the server, ends polling.
 func TestEndOfPolling(t *testing.T) {
 	for range 20 {
 		d := newMemDisk(1 << 20)
 		s := serve(t, Options{Exports: []Export{{Backend: d}}, BusyPoll: busyPollMax})
 		rc, gone := s.rawGo(), s.rawGo()
-		for range 5 {
+		for range loneMin + 5 {
 			for _, c := range []rawConn{rc, gone} {
 				c.request(CmdFlush, 0, 0, 0)
 				c.reply()

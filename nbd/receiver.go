@@ -83,6 +83,7 @@ type receiver struct {
 	closed  bool      // the client cannot send any more: behind what it has sent is the end
 
 	poller *poller
+	lone   bool // its client has one request in flight at a time, as conn says
 	slept  bool // the last request was not there yet when it was asked for
 	quick  bool // and came so soon that it is worth to poll for the next
 

@@ -3,6 +3,7 @@ package nbd
 import (
 	"encoding/binary"
 	"net"
+	"slices"
 )
 
 const (
@@ -16,28 +17,59 @@ const (
 	// are kept between batches.
 	headBytesKept = 64 << 10
 	iovKept       = 2 << 10
+
+	// gatherMax is the length of data, in bytes, up to which it is copied behind its
+	// header when several replies are sent together: for a page of the cache that costs
+	// less than two more pieces cost the kernel. There is room for gatherBytesMax; the
+	// rest of headBytesKept is for headers.
+	gatherMax      = 4 << 10
+	gatherBytesMax = 48 << 10
 )
 
 // An encoder collects replies for one writev: headers in memory of its own, which
-// is used again, and data where it lies.
+// is used again, and data where it lies, but for short ones, which gather has copied.
 type encoder struct {
 	head []byte // of what is collected, appended to; parts of older arrays may be in iov
 	iov  net.Buffers
 	keep net.Buffers // what the kernel has not taken of iov; nil before it has been given any
+
+	open   bool // the last piece of iov is the end of head
+	gather bool // several replies are being collected
 }
 
 // begin starts a piece that is appended to e.head.
 func (e *encoder) begin() int { return len(e.head) }
 
-// end makes what was appended since begin the next piece of the output.
+// end makes what was appended since begin a part of the last piece of the output, or the
+// next one.
 func (e *encoder) end(from int) {
+	if last := len(e.iov) - 1; e.open {
+		from -= len(e.iov[last]) // which has been moved with head, if that was
+		e.iov = e.iov[:last]
+	}
 	e.iov = append(e.iov, e.head[from:len(e.head):len(e.head)])
+	e.open = true
+}
+
+// payload collects segs, n bytes of data.
+func (e *encoder) payload(segs [][]byte, n uint64) {
+	if !e.gather || n > gatherMax || uint64(len(e.head))+n > gatherBytesMax {
+		e.iov = append(e.iov, segs...)
+		e.open = false
+		return
+	}
+	e.head = slices.Grow(e.head, max(0, headBytesKept-len(e.head))) // once
+	from := e.begin()
+	for _, s := range segs {
+		e.head = append(e.head, s...)
+	}
+	e.end(from)
 }
 
 // reset forgets everything.
 func (e *encoder) reset() {
 	clear(e.iov) // the memory is only borrowed
-	e.iov, e.head, e.keep = e.iov[:0], e.head[:0], nil
+	e.iov, e.head, e.keep, e.open = e.iov[:0], e.head[:0], nil, false
 	if cap(e.head) > headBytesKept {
 		e.head = nil
 	}
@@ -66,7 +98,7 @@ func (e *encoder) append(r *request, m ReplyMode) {
 	case m < StructuredReplies:
 		e.simple(r)
 		if r.payload != nil {
-			e.iov = append(e.iov, r.payload.Segments()...)
+			e.payload(r.payload.Segments(), r.n)
 		}
 	case r.errno != 0:
 		e.failure(r, m)
@@ -148,7 +180,7 @@ func (e *encoder) data(r *request, m ReplyMode) {
 			e.chunk(r, m, chunkData, next == len(segs), 8+n)
 			e.head = binary.BigEndian.AppendUint64(e.head, off)
 			e.end(from)
-			e.iov = append(e.iov, segs[i:next]...)
+			e.payload(segs[i:next], n)
 		}
 		i, off = next, off+n
 	}
