@@ -147,6 +147,8 @@ func TestClientClose(t *testing.T) {
 	if err := c.Flush(t.Context()); err != ErrClientClosed {
 		t.Errorf("flush after Close: %v", err)
 	}
+	// Or its read takes the token that is meant for the next one.
+	eventually(t, "the server has seen the end", func() bool { return s.Metrics().Connections == 0 })
 
 	c = s.dial("")
 	go func() { failed <- c.ReadAt(t.Context(), make([]byte, 10), 0) }()
