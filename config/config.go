@@ -145,7 +145,7 @@ type Config struct {
 	RequestsMax int `key:"requests-max" type:"number" help:"requests in flight for one connection"`
 
 	// BusyPoll is how long the server looks for the next request of a client that has
-	// none in flight before it sleeps, while such requests come as soon as that. It saves the time to
+	// one in flight at a time before it sleeps, while such requests come as soon as that. It saves the time to
 	// wake up, which for small requests is a good part of all, and uses a processor
 	// meanwhile; it is for one client at a time, while no other wants anything, and not with a single processor. Where all are busy with other things it gains nothing. 0: never. Default 50µs; at most 1ms.
 	BusyPoll time.Duration `key:"busy-poll" type:"duration" help:"look this long for a quick client's next request before sleeping (0: never)"`
