@@ -198,7 +198,9 @@ func (s *Store) StartCleaning(o CleanerOptions) {
 	c.recoder = o.Recoder
 	c.recompresses = o.Recompress && o.Recoder != nil
 	c.packAfter, c.began = o.PackAfter, time.Now()
-	c.vain = make([]uint64, vainSlots)
+	if c.recompresses {
+		c.vain = make([]uint64, vainSlots)
+	}
 	s.touched.faded = c.began
 	if o.Requests != nil {
 		c.requests = o.Requests

@@ -160,7 +160,7 @@ func (t *touched) noteRandomRead(r block.Range) {
 }
 
 // randomMin is how many reads at random make a region one that is read so: as many as it
-// has extents, so that nothing that goes through its files once counts.
+// has extents. Who goes through large files once, in any order, has fewer.
 func (t *touched) randomMin() uint32 { return 1 << t.shift / randomExtent }
 
 // random tells whether region n is read at random.
@@ -381,6 +381,11 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 	if one && c.recoder.Done(list[0].Addr.Codec, list[0].Addr.Level, effort) {
 		return nil
 	}
+	key := vainKey(list, effort)
+	vain := &c.vain[key%vainSlots]
+	if *vain == key {
+		return nil
+	}
 	// The blocks of all, in order.
 	c.blocks = c.blocks[:0]
 	last = extents.Addr{}
@@ -392,11 +397,6 @@ func (c *cleaner) recompressExtent(list []extents.Extent, window block.Range, ef
 			last = e.Addr
 		}
 		c.blocks = append(c.blocks, c.decoded[int(e.Skip)*block.Size:][:e.Count.Bytes()]...)
-	}
-	key := vainKey(list, effort)
-	vain := &c.vain[key%vainSlots]
-	if *vain == key {
-		return nil
 	}
 	packing := effort == Packing
 	if packing && raw {
